@@ -1,0 +1,227 @@
+"""Trains the embedded world's models from scratch; the weights that ship in the package come from here.
+
+    python scripts/make_tiny.py vae sd            # the tiny Stable Diffusion, a real diffusers pipeline folder
+    python scripts/make_tiny.py blip              # the BLIP towers that the tiny VP-Score starts from
+    python train.py experiment=vpscore            # VisionPrefer from tiny SD's images, and VP-Score trained on it
+
+Every stage uses the train split of the grammar only. On two CPU cores: 10, 25 and 20 minutes.
+"""
+
+import argparse
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from vp_rl.scenes.grammar import COLORS, COUNTS, RELATIONS, SHAPES, SIZES, Scene, scenes
+from vp_rl.scenes.render import SIZE, render
+
+MAX_TOKENS = 20
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=["vae", "sd", "blip"])
+    parser.add_argument("--out", type=Path, default=Path("vp_rl/scenes/weights"))
+    parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--sd-steps", type=int, default=6000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+    if "vae" in args.stages:
+        train_vae(args.vae_steps, args.seed).half().save_pretrained(args.out / "sd" / "vae")
+    if "sd" in args.stages:
+        vae = AutoencoderKL.from_pretrained(args.out / "sd" / "vae", torch_dtype=torch.float32)
+        train_sd(vae, args.sd_steps, args.seed, args.out / "sd")
+    if "blip" in args.stages:
+        from scripts.make_tiny_blip import train_blip
+
+        train_blip(args.out / "blip", args.seed)
+
+
+def renders(drawn: list[Scene], rng: random.Random) -> Tensor:
+    """Float (B, 3, 64, 64) in [-1, 1], as a VAE reads images."""
+    pixels = torch.from_numpy(np.stack([render(scene, rng) for scene in drawn]))
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def train_vae(steps: int, seed: int) -> AutoencoderKL:
+    """64 px to 8 x 8 x 4 latents and back: mean squared and absolute error with a slight KL weight."""
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        block_out_channels=(8, 16, 32, 64),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=SIZE,
+    ).to(memory_format=torch.channels_last)
+    pool, rng = scenes("train", 20_000, seed + 1), random.Random(seed + 1)
+    optimizer = torch.optim.AdamW(vae.parameters(), 3e-3, betas=(0.9, 0.99), weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps, pct_start=0.1)
+    started = time.monotonic()
+    for step in range(steps):
+        images = renders(rng.choices(pool, k=16), rng).to(memory_format=torch.channels_last)
+        latents = vae.encode(images).latent_dist
+        error = vae.decode(latents.sample()).sample - images
+        kl = latents.kl().mean() / latents.mean[0].numel()
+        loss = error.square().mean() + 0.1 * error.abs().mean() + 1e-4 * kl
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99:
+            print(f"vae {step + 1}: mse {error.square().mean():.5f} {time.monotonic() - started:.0f} s", flush=True)
+    return vae
+
+
+def train_sd(vae: AutoencoderKL, steps: int, seed: int, out: Path, images: int = 30_000, batch: int = 64) -> None:
+    """The denoiser and its text encoder, together, on cached latents; saves the whole pipeline in half precision."""
+    pool, rng = scenes("train", images, seed + 2), random.Random(seed + 2)
+    chunks = []
+    with torch.no_grad():
+        for start in range(0, images, 250):
+            chunks.append(vae.encode(renders(pool[start : start + 250], rng)).latent_dist.mean)
+    latents = torch.cat(chunks)
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    latents = latents * vae.config.scaling_factor
+    print(f"cached {images} latents, scaling factor {vae.config.scaling_factor}", flush=True)
+    tokenizer = make_tokenizer()
+    tokens = _tokenize(tokenizer, [scene.prompt for scene in pool])
+    unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    models = torch.nn.ModuleList([unet, text_encoder])
+    averages = EMAModel(models.parameters(), decay=0.998)
+    optimizer = torch.optim.AdamW(models.parameters(), 1.5e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.05)
+    empty = _tokenize(tokenizer, [""])
+    running, started = 0.0, time.monotonic()
+    for step in range(steps):
+        rows = torch.randint(images, (batch,))
+        prompt = torch.where(torch.rand(batch, 1) < 0.1, empty, tokens[rows])  # for classifier-free guidance
+        noise, timestep = torch.randn(batch, *latents.shape[1:]), torch.randint(1000, (batch,))
+        noised = scheduler.add_noise(latents[rows], noise, timestep)
+        loss = F.mse_loss(unet(noised, timestep, text_encoder(prompt)[0]).sample, noise)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        averages.step(models.parameters())
+        running = 0.99 * running + 0.01 * loss.item() if step else loss.item()
+        if step % 100 == 99:
+            print(f"sd {step + 1}: loss {running:.4f} {time.monotonic() - started:.0f} s", flush=True)
+        if step % 1000 == 999 or step == steps - 1:
+            averages.store(models.parameters())
+            averages.copy_to(models.parameters())
+            _save(out, vae, text_encoder, tokenizer, unet, scheduler)
+            averages.restore(models.parameters())
+
+
+def _save(out: Path, vae, text_encoder, tokenizer, unet, scheduler) -> None:  # noqa: ANN001
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.to(torch.float16).save_pretrained(out)
+    pipeline.to(torch.float32)
+
+
+def _tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    return tokenizer(
+        prompts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
+
+
+def make_unet() -> UNet2DConditionModel:
+    """About a million parameters; cross-attention where the latents are 8 x 8 and in the middle."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(48, 64),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=64,
+        attention_head_dim=16,
+        norm_num_groups=8,
+    )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """CLIP's text tower with three layers of 64."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=MAX_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def make_tokenizer() -> CLIPTokenizer:
+    """CLIP's byte-pair encoding with merges that make each word of the grammar one token; others fall to bytes."""
+    words = {word for phrase in (*COUNTS.values(), *RELATIONS, "and") for word in phrase.split()}
+    words |= {*COLORS, *SIZES, *SHAPES, *(shape + "s" for shape in SHAPES)}
+    alphabet = sorted(chr(code) for code in _byte_characters())
+    merges: list[tuple[str, str]] = []
+    for word in sorted(words):
+        pieces = _byte_pair_encode([*word[:-1], word[-1] + "</w>"], merges)
+        while len(pieces) > 1:  # a merge added last is tried last, so it cannot break the words before
+            merges.append((pieces[0], pieces[1]))
+            pieces = [pieces[0] + pieces[1], *pieces[2:]]
+    tokens = [*alphabet, *(character + "</w>" for character in alphabet), *("".join(pair) for pair in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=MAX_TOKENS)
+    assert all(len(tokenizer(word).input_ids) == 3 for word in words), "a word of the grammar is not one token"
+    return tokenizer
+
+
+def _byte_pair_encode(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
+    while True:
+        pairs = [pair for pair in zip(pieces, pieces[1:], strict=False) if pair in merges]
+        if not pairs:
+            return pieces
+        pair = min(pairs, key=merges.index)
+        best = next(i for i in range(len(pieces) - 1) if (pieces[i], pieces[i + 1]) == pair)
+        pieces = [*pieces[:best], "".join(pair), *pieces[best + 2 :]]
+
+
+def _byte_characters() -> list[int]:
+    """The printable stand-ins that byte-level encodings use for the 256 bytes."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return printable + [256 + index for index in range(256 - len(printable))]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""Every test runs offline, on few threads, without what the shell happens to set."""
+
+import os
+
+# Before anything imports these libraries.
+os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", WANDB_MODE="offline", WANDB_SILENT="true")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`-m gpu` on a machine without one skips."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """A test's numbers do not depend on the tests before it."""
+    torch.manual_seed(0)

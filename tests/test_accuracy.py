@@ -1,0 +1,99 @@
+"""Pairwise accuracy: closed forms, chance, and intervals that cover."""
+
+import numpy as np
+import pytest
+
+from vp_rl.evaluation.accuracy import Accuracy, as_markdown, pairwise_accuracy
+from vp_rl.types import ASPECTS
+
+PROMPTS = ["a", "a", "a", "b", "b"]
+RATINGS = np.array([[1, 3, 5, 5], [2, 3, 4, 5], [3, 3, 3, 1], [5, 1, 2, 2], [5, 4, 2, 3]])
+
+
+def every_aspect(scores: list[float] | np.ndarray) -> np.ndarray:
+    """One score of each image, the same in every aspect, as a reward gives it."""
+    return np.repeat(np.asarray(scores, dtype=float)[:, None], len(ASPECTS), axis=1)
+
+
+def shares(predictions: np.ndarray, tie: float = 0.0) -> dict[str, float]:
+    return {rule: accuracy.share for rule, accuracy in pairwise_accuracy(predictions, RATINGS, PROMPTS, tie).items()}
+
+
+def test_accuracy_is_the_share_of_untied_pairs_within_a_prompt() -> None:
+    found = pairwise_accuracy(every_aspect([1, 2, 3, 10, 20]), RATINGS, PROMPTS)
+    # Prompt a: aspect 0 ranks 2 > 1 > 0, aspect 1 ties, aspect 2 the reverse, aspect 3 has 0 > 2 and 1 > 2.
+    # Prompt b: aspect 0 and 2 tie, aspects 1 and 3 rank 4 > 3. Pairs across prompts do not exist.
+    right = {"prompt_following": (3, 3), "aesthetic": (1, 1), "fidelity": (0, 3), "harmlessness": (1, 3)}
+    # Sums of ratings: 14, 14, 10 and 10, 14: 0 and 1 beat 2 (both wrong), 4 beats 3 (right).
+    right |= {"mean": (1, 3), "pooled": (5, 10)}
+    assert {rule: (round(a.share * a.pairs), a.pairs) for rule, a in found.items()} == right
+
+
+def test_the_ratings_themselves_are_always_right() -> None:
+    assert set(shares(RATINGS.astype(float)).values()) == {1.0}
+    assert set(shares(-RATINGS.astype(float)).values()) == {0.0}
+
+
+@pytest.mark.parametrize("tie", [0.0, 0.5])
+def test_equal_predictions_earn_what_a_tie_is_worth(tie: float) -> None:
+    assert set(shares(every_aspect([7] * 5), tie).values()) == {tie}
+
+
+def test_only_the_order_of_predictions_matters() -> None:
+    scores = np.array([0.3, -2.0, 1.5, 0.0, 0.1])
+    assert shares(every_aspect(scores)) == shares(every_aspect(np.exp(3 * scores)))
+
+
+def test_a_rule_without_pairs_is_not_a_number() -> None:
+    found = pairwise_accuracy(every_aspect([1, 2]), np.full((2, 4), 3), ["a", "a"])
+    assert all(np.isnan(accuracy.share) and accuracy.pairs == 0 for accuracy in found.values())
+
+
+def noisy_world(rng: np.random.Generator, prompts: int, signal: float) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    """Four images a prompt; whether a prompt is easy is shared by its pairs, which makes them dependent."""
+    ratings = np.array([rng.permutation(4) + 1 for _ in range(prompts)])
+    easy = rng.choice([0.0, 2.0 * signal], size=(prompts, 1))
+    scores = easy * ratings + rng.normal(size=ratings.shape)
+    names = [f"prompt {number}" for number in range(prompts) for _ in range(4)]
+    return every_aspect(scores.ravel()), np.repeat(ratings.reshape(-1, 1), 4, axis=1), names
+
+
+def test_random_scores_are_right_by_chance() -> None:
+    found = pairwise_accuracy(*noisy_world(np.random.default_rng(0), 500, 0.0))["mean"]
+    # 500 prompts; the variance of a prompt's share is below 1/4, so four deviations are below 0.09.
+    assert found.share == pytest.approx(0.5, abs=0.09)
+    assert found.low < 0.5 < found.high
+
+
+def test_the_interval_covers_the_truth_about_19_times_in_20() -> None:
+    rng = np.random.default_rng(1)
+    truth = pairwise_accuracy(*noisy_world(rng, 1000, 0.5))["prompt_following"].share
+    runs = 100
+    intervals = [pairwise_accuracy(*noisy_world(rng, 25, 0.5))["prompt_following"] for _ in range(runs)]
+    covered = sum(one.low <= truth <= one.high for one in intervals)
+    # Binomial(100, 0.95) is below 87 once in a thousand. Resampling pairs instead of prompts gives narrower intervals.
+    assert covered >= 87
+    assert all(one.low <= one.share <= one.high for one in intervals)
+
+
+def test_pairs_of_one_prompt_do_not_count_as_independent() -> None:
+    # Every prompt is all right or all wrong: six pairs say as much as one.
+    ratings = np.repeat(np.tile(np.arange(1, 5), 100)[:, None], 4, axis=1)
+    signs = np.where(np.arange(100) % 2, 1.0, -1.0).repeat(4)
+    found = pairwise_accuracy(every_aspect(signs * ratings[:, 0]), ratings, [str(row // 4) for row in range(400)])[
+        "mean"
+    ]
+    assert found.share == 0.5
+    # 1.96 sqrt(0.25 / 100) = 0.098 each side; 600 independent pairs would give 0.04. Quantiles fall on hundredths.
+    assert found.high - found.low == pytest.approx(0.196, abs=0.025)
+
+
+def test_the_table_has_a_row_for_each_rule_and_a_column_for_each_predictor() -> None:
+    one, other = Accuracy(0.75, 0.7, 0.8, 40), Accuracy(0.5, 0.4, 0.6, 40)
+    table = as_markdown({"VP-Score": {"mean": one, "pooled": one}, "noisy": {"mean": other, "pooled": other}})
+    assert table.splitlines() == [
+        "| pairs by | VP-Score | noisy | chance |",
+        "|---|---|---|---|",
+        "| mean | 75.0% [70.0%, 80.0%] of 40 pairs | 50.0% [40.0%, 60.0%] of 40 pairs | 50.0% |",
+        "| pooled | 75.0% [70.0%, 80.0%] of 40 pairs | 50.0% [40.0%, 60.0%] of 40 pairs | 50.0% |",
+    ]

@@ -1,0 +1,96 @@
+"""Closed forms and limits of the formulas."""
+
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from vp_rl.functional import (
+    clipped_surrogate,
+    gaussian_kl,
+    gaussian_log_prob,
+    group_advantages,
+    hinge_reward_loss,
+    ranking_loss,
+)
+
+
+def test_gaussian_log_prob_is_the_mean_over_dimensions_of_the_density() -> None:
+    value, mean, std = torch.randn(5, 4, 3, 3), torch.randn(5, 4, 3, 3), torch.rand(5) + 0.1
+    expected = Normal(mean, std.reshape(5, 1, 1, 1)).log_prob(value).flatten(1).mean(1)
+    torch.testing.assert_close(gaussian_log_prob(value, mean, std), expected)
+
+
+def test_gaussian_log_prob_treats_the_sample_as_data() -> None:
+    value, mean = torch.randn(2, 3, requires_grad=True), torch.randn(2, 3, requires_grad=True)
+    gaussian_log_prob(value, mean, torch.ones(2)).sum().backward()
+    assert value.grad is None
+    assert mean.grad is not None
+
+
+def test_gaussian_kl_is_torch_distributions_kl() -> None:
+    mean, other, std = torch.randn(5, 4, 2), torch.randn(5, 4, 2), torch.rand(5) + 0.1
+    scale = std.reshape(5, 1, 1)
+    expected = kl_divergence(Normal(mean, scale), Normal(other, scale)).flatten(1).mean(1)
+    torch.testing.assert_close(gaussian_kl(mean, other, std), expected)
+
+
+def test_ranking_loss_is_log_two_for_equal_scores_and_falls_with_the_margin() -> None:
+    zeros = torch.zeros(3)
+    assert ranking_loss(zeros, zeros).item() == pytest.approx(math.log(2))
+    assert ranking_loss(zeros + 20, zeros).item() == pytest.approx(0, abs=1e-8)
+    assert ranking_loss(zeros, zeros + 20).item() == pytest.approx(20)
+
+
+def test_clipped_surrogate_has_the_policy_gradient_on_policy() -> None:
+    log_ratio = torch.zeros(3, requires_grad=True)
+    advantages = torch.tensor([1.0, -2.0, 0.0])
+    loss = clipped_surrogate(log_ratio, advantages, 0.1)
+    torch.testing.assert_close(loss, -advantages)
+    loss.sum().backward()
+    torch.testing.assert_close(log_ratio.grad, -advantages)
+
+
+@pytest.mark.parametrize(
+    ("log_ratio", "advantage", "flows"), [(1.0, 1.0, False), (1.0, -1.0, True), (-1.0, -1.0, False)]
+)
+def test_clipped_surrogate_stops_only_gains_beyond_the_range(log_ratio: float, advantage: float, flows: bool) -> None:
+    leaf = torch.tensor([log_ratio], requires_grad=True)
+    clipped_surrogate(leaf, torch.tensor([advantage]), 0.2).sum().backward()
+    assert (leaf.grad.abs().item() > 0) == flows
+
+
+def test_group_advantages_have_mean_zero_and_std_one_in_each_group() -> None:
+    groups = torch.arange(6).repeat_interleave(8)[torch.randperm(48)]
+    scores = torch.randn(48) * (groups + 1) + 10 * groups
+    advantages = group_advantages(scores, groups, clip=100)
+    for group in range(6):
+        own = advantages[groups == group]
+        assert own.mean().item() == pytest.approx(0, abs=1e-5)
+        assert own.std(unbiased=False).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_group_advantages_ignore_scale_and_shift_of_a_prompt() -> None:
+    groups = torch.tensor([3, 3, 3, 7, 7, 7])
+    scores = torch.randn(6)
+    shifted = torch.where(groups == 7, 5 * scores - 3, scores)
+    torch.testing.assert_close(
+        group_advantages(scores, groups, 9), group_advantages(shifted, groups, 9), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_group_advantages_of_equal_scores_are_zero_and_outliers_are_clipped() -> None:
+    scores = torch.cat([torch.full((4,), 3.0), torch.zeros(49), torch.tensor([1000.0])])
+    groups = torch.tensor([0] * 4 + [1] * 50)
+    advantages = group_advantages(scores, groups, clip=5)
+    assert advantages[:4].abs().max() == 0
+    assert advantages.max() == 5
+
+
+def test_hinge_reward_loss_stops_at_the_target() -> None:
+    scores = torch.tensor([0.0, 1.0, 3.0], requires_grad=True)
+    loss = hinge_reward_loss(scores, 2.0)
+    loss.backward()
+    assert loss.item() == pytest.approx((2 + 1 + 0) / 3)
+    torch.testing.assert_close(scores.grad, torch.tensor([-1 / 3, -1 / 3, 0.0]))

@@ -1,0 +1,59 @@
+"""One sampler for every algorithm: replay, determinism, and where gradients flow."""
+
+import pytest
+import torch
+from fakes import LinearPolicy
+
+from vp_rl.sampler import Sampler, log_prob_of
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_replayed_log_probabilities_are_the_sampled_ones(eta: float) -> None:
+    policy, sampler = LinearPolicy(), Sampler(steps=6, guidance=1.0, eta=eta)
+    conditioning = policy.encode(["a"] * 4)
+    trajectory = sampler.rollout(policy, conditioning, torch.Generator().manual_seed(0))
+    for step in range(6):
+        transition = sampler.transition(policy, trajectory.latents[:, step], torch.full((4,), step), conditioning)
+        replayed = log_prob_of(trajectory.latents[:, step + 1], transition)
+        torch.testing.assert_close(replayed, trajectory.log_probs[:, step], rtol=0, atol=1e-6)
+
+
+def test_rollout_and_sample_draw_the_same_latents_from_the_same_generator() -> None:
+    policy, sampler = LinearPolicy(), Sampler(steps=6, guidance=1.0, eta=1.0)
+    conditioning = policy.encode(["a"] * 4)
+    sampled = sampler.sample(policy, conditioning, torch.Generator().manual_seed(3))
+    trajectory = sampler.rollout(policy, conditioning, torch.Generator().manual_seed(3))
+    assert torch.equal(sampled, trajectory.latents[:, -1])
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_a_generator_for_each_row_makes_rows_independent_of_batching(eta: float) -> None:
+    policy, sampler = LinearPolicy(), Sampler(steps=4, guidance=1.0, eta=eta)
+
+    def sample(rows: range) -> torch.Tensor:
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return sampler.sample(policy, policy.encode(["a"] * len(rows)), generators)
+
+    torch.testing.assert_close(sample(range(5)), torch.cat([sample(range(2)), sample(range(2, 5))]))
+
+
+def test_without_noise_a_step_has_no_density() -> None:
+    policy, sampler = LinearPolicy(), Sampler(steps=4, guidance=1.0, eta=0.0)
+    trajectory = sampler.rollout(policy, policy.encode(["a"] * 2), torch.Generator().manual_seed(0))
+    assert trajectory.log_probs.abs().max() == 0
+    assert trajectory.stds.abs().max() == 0
+
+
+@pytest.mark.parametrize("stop", [0, 3, 5])
+def test_predict_x0_lets_gradients_through_one_step_only(stop: int) -> None:
+    """x0 = gain * x_t + bias, so d x0 / d bias is 1 if x_t is cut off, and more if earlier steps are not."""
+    policy, sampler = LinearPolicy(gain=0.5), Sampler(steps=6, guidance=1.0, eta=1.0)
+    x0 = sampler.predict_x0(policy, policy.encode(["a"]), stop, torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(x0.sum(), policy.bias)
+    torch.testing.assert_close(gradient, torch.ones(3, 1, 1))
+
+
+def test_sampling_leaves_no_graph() -> None:
+    policy, sampler = LinearPolicy(), Sampler(steps=2, guidance=1.0, eta=1.0)
+    trajectory = sampler.rollout(policy, policy.encode(["a"]))
+    assert not any(tensor.requires_grad for tensor in trajectory)

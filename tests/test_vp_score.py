@@ -1,0 +1,252 @@
+"""VP-Score on random weights: its preprocessing, its gradients, its head, and what it says of broken folders."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
+
+from vp_rl.rewards.vp_score import VPScore, preprocess
+
+MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(3, 1, 1)  # OpenAI's CLIP, and ImageReward
+STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(3, 1, 1)
+PROMPTS = ["a red circle", "two blue squares", "a red circle above a blue square", "a blue circle"]
+
+
+def random_vp_score(max_length: int = 12, vocab_size: int = 16, encoder_hidden_size: int = 24) -> VPScore:
+    """Two layers of width 24 and 32 on 32 px, weights large enough that scores differ."""
+    torch.manual_seed(0)
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "a",
+        "two",
+        "red",
+        "blue",
+        "above",
+        "circle",
+        "square",
+        "##s",
+    ]
+    small = {"num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48, "initializer_range": 0.2}
+    return VPScore(
+        BlipVisionConfig(hidden_size=24, image_size=32, patch_size=8, layer_norm_eps=1e-6, **small),
+        BlipTextConfig(
+            vocab_size=vocab_size,
+            hidden_size=32,
+            encoder_hidden_size=encoder_hidden_size,
+            max_position_embeddings=16,
+            pad_token_id=0,
+            bos_token_id=2,
+            eos_token_id=3,
+            sep_token_id=3,
+            **small,
+        ),
+        BertTokenizer(vocab={word: index for index, word in enumerate(words)}),
+        head_widths=(32, 16),
+        max_length=max_length,
+    )
+
+
+@pytest.fixture
+def reward() -> VPScore:
+    return random_vp_score().requires_grad_(False).eval()
+
+
+@pytest.fixture
+def saved(reward: VPScore, tmp_path: Path) -> Path:
+    reward.save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def images(batch: int, height: int = 32, width: int = 32, seed: int = 0) -> torch.Tensor:
+    return torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def as_pil_does(picture: np.ndarray, size: int) -> np.ndarray:
+    """Resize the shorter side (bicubic) and crop the centre, as ImageReward does; (3, size, size) in 0..255."""
+    height, width = picture.shape[:2]
+    short = min(height, width)
+    resized = Image.fromarray(picture).resize((size * width // short, size * height // short), Image.Resampling.BICUBIC)
+    top, left = round((resized.height - size) / 2), round((resized.width - size) / 2)
+    return np.asarray(resized, dtype=np.float64)[top : top + size, left : left + size].transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (300, 500), (768, 512), (1024, 1024), (225, 224)])
+def test_preprocessing_is_pils_to_its_rounding(height: int, width: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    smooth = np.asarray(Image.fromarray(noise).resize((9, 9)).resize((width, height)))
+    for picture in (noise, smooth):
+        ours = preprocess(torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].float() / 255, 224)[0]
+        # PIL rounds to 8 bit after each pass. The second pass can enlarge the half level of the first by the sum of its
+        # absolute weights, at most 1.25 (halfway between pixels: -1/16, 9/16, 9/16, -1/16), and adds its own: 1.125.
+        error = np.abs(((ours * STD + MEAN) * 255).numpy() - as_pil_does(picture, 224))
+        assert error.max() <= 1.13
+
+
+def test_an_image_of_the_right_size_is_only_normalised() -> None:
+    pixels = images(2)
+    torch.testing.assert_close(preprocess(pixels, 32), (pixels - MEAN) / STD, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (17, 90), (90, 33), (128, 128)])
+def test_any_size_is_scored(reward: VPScore, height: int, width: int) -> None:
+    scores = reward(images(3, height, width), PROMPTS[:3])
+    assert scores.shape == (3,)
+    assert scores.dtype == torch.float32
+    assert torch.isfinite(scores).all()
+
+
+def test_half_precision_images_are_scored_in_float32(reward: VPScore) -> None:
+    scores = reward(images(2, 48, 48).bfloat16(), PROMPTS[:2])
+    # bfloat16 keeps 8 bits: pixels move by up to 0.002.
+    torch.testing.assert_close(scores, reward(images(2, 48, 48), PROMPTS[:2]), rtol=0, atol=0.05)
+
+
+def test_a_row_depends_on_its_own_image_and_prompt_only(reward: VPScore) -> None:
+    batch, prompts = images(6), [*PROMPTS[:4], PROMPTS[0], PROMPTS[1]]
+    together = reward(batch, prompts)
+    alone = torch.cat([reward(batch[row : row + 1], [prompts[row]]) for row in range(6)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)  # matrices of another size round otherwise
+    assert (together[0] - together[4]).abs() > 1e-3  # same prompt, another image
+
+
+def test_words_after_the_longest_length_are_cut(reward: VPScore) -> None:
+    words = ["red"] * 40
+    scores = reward(images(1).expand(2, -1, -1, -1), [" ".join(words), " ".join([*words, "blue"])])
+    assert scores[0] == scores[1]
+
+
+def test_attention_over_the_prompt_is_bidirectional(reward: VPScore) -> None:
+    # [CLS] is the first token: were attention causal, it would not know the words.
+    first, second = reward.features(images(1).expand(2, -1, -1, -1), PROMPTS[:2])
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_gradients_reach_the_image_though_the_weights_are_frozen(reward: VPScore) -> None:
+    batch = images(2, 48, 40).requires_grad_()
+    reward(batch, PROMPTS[:2]).sum().backward()
+    gradient = batch.grad
+    assert gradient is not None
+    direction = F.normalize(gradient, dim=(1, 2, 3))
+    step = 0.02
+    with torch.no_grad():
+        ahead, behind = (reward(batch + sign * step * direction, PROMPTS[:2]) for sign in (1, -1))
+    numeric = (ahead - behind) / (2 * step)
+    # Float32 scores of order 1 differ by about 1e-6, so the quotient by 5e-5; curvature adds a part in a hundred.
+    torch.testing.assert_close(numeric, (gradient * direction).sum((1, 2, 3)), rtol=0.02, atol=1e-4)
+
+
+def test_saving_and_loading_gives_the_same_scores(reward: VPScore, saved: Path) -> None:
+    assert torch.equal(VPScore.load(str(saved))(images(4), PROMPTS), reward(images(4), PROMPTS))
+
+
+def test_half_precision_on_disk_is_float32_in_memory_and_spares_the_head(reward: VPScore, tmp_path: Path) -> None:
+    reward.standardise(torch.tensor([1.00001, 3.0]))
+    reward.save(tmp_path, torch.float16)
+    loaded = VPScore.load(str(tmp_path))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
+    for name, tensor in reward.head.state_dict().items():
+        torch.testing.assert_close(loaded.head.state_dict()[name], tensor, rtol=0, atol=0)
+    full = sum(tensor.numel() * 4 for tensor in reward.state_dict().values())
+    assert (tmp_path / "model.safetensors").stat().st_size < 0.7 * full
+    # float16 keeps 11 bits of each weight; a score of order 1 passes through a dozen layers.
+    torch.testing.assert_close(loaded(images(4), PROMPTS), reward(images(4), PROMPTS), rtol=0, atol=0.02)
+
+
+def test_towers_alone_load_with_a_new_head(reward: VPScore, tmp_path: Path) -> None:
+    reward.save(tmp_path, head=False)
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if name.startswith("head.")]
+    loaded = VPScore.load(str(tmp_path))
+    assert torch.equal(loaded.features(images(4), PROMPTS), reward.features(images(4), PROMPTS))
+    assert loaded(images(4), PROMPTS).std() > 0
+
+
+def test_a_loaded_reward_is_frozen_and_stays_in_evaluation_mode(saved: Path) -> None:
+    holder = torch.nn.ModuleList([VPScore.load(str(saved))]).train()
+    assert not any(module.training for module in holder[0].modules())
+    assert not any(parameter.requires_grad for parameter in holder.parameters())
+    holder[0].freeze(0.0)
+    assert all(module.training for module in holder[0].train().modules())
+    assert all(parameter.requires_grad for parameter in holder.parameters())
+
+
+def test_the_head_stays_in_float32_whatever_the_towers_are_cast_to(reward: VPScore) -> None:
+    exact = {name: tensor.clone() for name, tensor in reward.head.state_dict().items()}
+    halved = reward.bfloat16()
+    assert halved.vision.dtype == torch.bfloat16
+    assert all(torch.equal(tensor, exact[name]) for name, tensor in halved.head.state_dict().items())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert halved(images(2), PROMPTS[:2]).dtype == torch.float32
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def write(name: str, text: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        (folder / name).write_text(text)
+
+    return spoil
+
+
+def shrink(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["text"]["num_hidden_layers"] = 1
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def cut(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "said"),
+    [
+        (remove("config.json"), FileNotFoundError, "config.json"),
+        (remove("tokenizer.json"), FileNotFoundError, "tokenizer.json"),
+        (remove("model.safetensors"), FileNotFoundError, "model.safetensors"),
+        (write("config.json", "{"), ValueError, "damaged"),
+        (write("config.json", "[]"), ValueError, "damaged"),
+        (write("config.json", '{"vision": {"hidden_size": "wide"}}'), ValueError, "damaged"),
+        (write("tokenizer.json", "{"), ValueError, "damaged"),
+        (cut, ValueError, "damaged"),
+        (shrink, ValueError, r"does not fit its own config.json: \d+ tensors .*text.encoder.layer.1"),
+    ],
+)
+def test_a_broken_folder_is_told_in_one_sentence(
+    saved: Path, spoil: Callable[[Path], None], error: type[Exception], said: str
+) -> None:
+    spoil(saved)
+    with pytest.raises(error, match=said) as caught:
+        VPScore.load(str(saved))
+    assert str(saved) in str(caught.value)
+    assert "as VPScore.save writes it" in str(caught.value)
+
+
+def test_a_path_that_is_no_folder_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        VPScore.load(str(tmp_path / "nowhere"))
+    (tmp_path / "notes.txt").write_text("hello")
+    with pytest.raises(FileNotFoundError, match="is a file"):
+        VPScore.load(str(tmp_path / "notes.txt"))
+
+
+def test_sizes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="max_length=99"):
+        random_vp_score(max_length=99)
+    with pytest.raises(ValueError, match="vocab_size"):
+        random_vp_score(vocab_size=5)
+    with pytest.raises(ValueError, match="encoder_hidden_size"):
+        random_vp_score(encoder_hidden_size=16)

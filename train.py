@@ -1,0 +1,99 @@
+"""Compose, instantiate, fit, report. With scripts/, the only code that knows Hydra.
+
+python train.py experiment=ddpo_vpscore          fine-tune the tiny Stable Diffusion against VP-Score by policy gradient
+python train.py experiment=refl_vpscore          the same through the reward's gradient
+python train.py experiment=vpscore               build VisionPrefer and train the reward model on it
+"""
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
+
+import hydra
+import lightning
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import InstantiationException
+from hydra.types import RunMode
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger("vp_rl")
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def main(config: DictConfig) -> float | None:
+    """One run; its result is what a sweep maximises."""
+    try:
+        return run(config)
+    except InstantiationException as error:
+        _stop(error.__cause__ or error)
+    except (ValueError, OSError) as error:
+        _stop(error)
+
+
+def run(config: DictConfig) -> float | None:
+    """Builds the objects of a config and trains.
+
+    Returns:
+        The held-out judge's mean rating gain for a policy, or the test accuracy of a reward model.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    lightning.seed_everything(config.seed, workers=True, verbose=False)
+    data = instantiate(config.data)
+    algorithm = instantiate(config.algorithm)
+    trainer: lightning.Trainer = instantiate(
+        config.trainer, callbacks=_present(config.callbacks), logger=_present(config.logger)
+    )
+    for logger in trainer.loggers:
+        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    trainer.fit(algorithm, data, ckpt_path=_checkpoint(config.resume, folder))
+    if config.test:
+        trainer.test(algorithm, data, verbose=False)
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        from vp_rl.evaluation.sweep import write_table
+
+        write_table(folder.parent)
+    return _objective(trainer, config.objective)
+
+
+def _present(nodes: DictConfig) -> list[Any]:
+    """The nodes that were not switched off with `=null`."""
+    return [instantiate(node) for node in nodes.values() if node is not None]
+
+
+def _checkpoint(resume: str | None, folder: Path) -> str | None:
+    """The checkpoint to go on from.
+
+    Raises:
+        FileNotFoundError: there is none where `resume` says.
+    """
+    if resume is None:
+        return None
+    path = folder / "checkpoints" / "last.ckpt" if resume == "auto" else Path(resume)
+    if not path.is_file():
+        if resume == "auto":
+            return None
+        raise FileNotFoundError(f"resume={resume!r}: there is no such checkpoint. Runs keep theirs in checkpoints/.")
+    return str(path)
+
+
+def _objective(trainer: lightning.Trainer, name: str) -> float | None:
+    value = trainer.callback_metrics.get(name)
+    return None if value is None else float(value)
+
+
+def _stop(error: BaseException) -> None:
+    """One message for what the user can put right; HYDRA_FULL_ERROR=1 shows where it came from."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise error
+    sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    main()

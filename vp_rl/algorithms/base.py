@@ -1,0 +1,98 @@
+"""What every way of training a policy against a reward shares."""
+
+import zlib
+from abc import ABC
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
+
+import lightning
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from vp_rl.interfaces import Policy, Reward
+from vp_rl.sampler import Sampler
+from vp_rl.types import Images, PromptBatch, Scores
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+@runtime_checkable
+class PromptBatches(Protocol):
+    """An epoch's batches of prompts."""
+
+    batch_size: int
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[PromptBatch]: ...
+
+
+class PolicyTraining(lightning.LightningModule, ABC):
+    """Holds the policy, the frozen reward and the sampler; checkpoints the adapter only.
+
+    Precision, accumulation, gradient clipping, devices and strategy are the Trainer's settings.
+    """
+
+    def __init__(
+        self, policy: Policy, reward: Reward, sampler: Sampler, optimizer: MakeOptimizer, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.policy = policy
+        self.reward = reward.requires_grad_(False).eval()
+        self.sampler = sampler
+        self.seed = seed
+        self.strict_loading = False  # checkpoints hold the adapter alone; `on_load_checkpoint` is the strict one
+        self._make_optimizer = optimizer
+
+    def configure_optimizers(self) -> Optimizer:
+        """One optimizer over the adapter."""
+        return self._make_optimizer([parameter for parameter in self.policy.parameters() if parameter.requires_grad])
+
+    def batches(self, prompts: PromptBatches) -> Iterable[Any]:
+        """What an epoch of this algorithm trains on, given the epoch's prompts: here, the prompts themselves."""
+        return prompts
+
+    def generator(self, *position: int) -> torch.Generator:
+        """Random numbers of this rank at a position (epoch, batch, ...): nothing to save, nothing to restore."""
+        key = (self.seed, self.trainer.global_rank, *position)
+        return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+
+    def score(self, images: Images, prompts: list[str]) -> Scores:
+        """The reward's scores, which must be finite numbers.
+
+        Raises:
+            ValueError: some are not; names the reward and the first such prompt.
+        """
+        scores = self.reward(images, prompts)
+        bad = ~torch.isfinite(scores)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"{type(self.reward).__name__} gave {scores[row].item()} for the image of {prompts[row]!r} "
+                f"({int(bad.sum())} of {len(scores)} scores are not finite). The last checkpoint is intact: "
+                "look at that image, or try trainer.precision=32-true."
+            )
+        return scores
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Drops the frozen weights: they come from the policy's and the reward's own files."""
+        checkpoint["state_dict"] = {
+            name: tensor for name, tensor in checkpoint["state_dict"].items() if name in self._trained()
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses a checkpoint of another adapter.
+
+        Raises:
+            ValueError: the checkpoint's tensors are not the ones this run trains.
+        """
+        wrong = checkpoint["state_dict"].keys() ^ self._trained()
+        if wrong:
+            raise ValueError(
+                f"This checkpoint is of another policy or adapter: {len(wrong)} tensors differ, {min(wrong)!r} first. "
+                "Resume with the settings of the run that wrote it."
+            )
+
+    def _trained(self) -> set[str]:
+        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

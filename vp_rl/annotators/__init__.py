@@ -1,0 +1,1 @@
+"""Annotators: who rates the images."""

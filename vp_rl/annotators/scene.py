@@ -1,0 +1,55 @@
+"""The embedded world's judge behind the interface that vision-language models have."""
+
+import random
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from PIL.Image import Image, Resampling
+
+from vp_rl.interfaces import Annotator
+from vp_rl.scenes.judge import Verdict, judge
+from vp_rl.scenes.render import SIZE
+from vp_rl.types import Aspect, Rating
+
+_REMEMBERED = 1024  # the judge sees all four aspects at once; they are asked for one by one
+
+
+class SceneAnnotator(Annotator):
+    """Rates images of the embedded world from pixels and prompt alone.
+
+    Args:
+        noise: probability in [0, 1] that a rating is replaced by another within two of it, as a careless annotator's.
+        seed: of that noise, which depends on the image, prompt and aspect and not on the order of calls.
+    """
+
+    def __init__(self, noise: float = 0.0, seed: int = 0) -> None:
+        if not 0 <= noise <= 1:
+            raise ValueError(f"annotator.noise={noise} must be a probability between 0 and 1.")
+        self._noise, self._seed = noise, seed
+        self._verdicts: dict[tuple[str, bytes], dict[str, Verdict]] = {}
+
+    async def annotate(self, prompt: str, images: Sequence[Image], aspect: Aspect) -> list[Rating]:
+        """One rating for each image.
+
+        Raises:
+            ValueError: the prompt is not of the embedded world's grammar.
+        """
+        return [self._rate(prompt, image, aspect) for image in images]
+
+    def _rate(self, prompt: str, image: Image, aspect: Aspect) -> Rating:
+        image = image.convert("RGB")  # first: PIL resizes palette images without interpolation
+        if image.size != (SIZE, SIZE):
+            image = image.resize((SIZE, SIZE), Resampling.BICUBIC)
+        pixels = np.asarray(image)
+        key = (prompt, pixels.tobytes())
+        if key not in self._verdicts:
+            if len(self._verdicts) >= _REMEMBERED:
+                self._verdicts.clear()
+            self._verdicts[key] = judge(pixels, prompt)
+        verdict = self._verdicts[key][aspect]
+        rng = random.Random(zlib.crc32(f"{self._seed}|{aspect}|{prompt}|".encode() + key[1]))
+        if rng.random() >= self._noise:
+            return Rating(verdict.rating, verdict.rationale)
+        others = [r for r in range(1, 6) if 1 <= abs(r - verdict.rating) <= 2]
+        return Rating(rng.choice(others), verdict.rationale)

@@ -1,0 +1,1 @@
+"""Lightning callbacks: what a person sees of a run."""

@@ -1,0 +1,70 @@
+"""Reports a reward model's accuracy on the test split when training ends."""
+
+import asyncio
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vp_rl.evaluation.accuracy import as_markdown, pairwise_accuracy
+from vp_rl.interfaces import Annotator
+from vp_rl.types import ASPECTS, PreferenceBatch
+from vp_rl.visionprefer.annotate import rate_all
+from vp_rl.visionprefer.generate import to_uint8
+
+
+class AccuracyReport(lightning.Callback):
+    """Writes `accuracy.md` and `summary.json`: VP-Score beside a single noisy annotator and chance.
+
+    Args:
+        noisy: a second, less careful annotator of the same images.
+    """
+
+    def __init__(self, noisy: Annotator) -> None:
+        self._noisy = noisy
+        self._prompts: list[str] = []
+        self._scores: list[Tensor] = []
+        self._ratings: list[Tensor] = []
+        self._images: list[np.ndarray] = []
+
+    def on_test_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        outputs: Any,
+        batch: PreferenceBatch,
+        *_: Any,
+    ) -> None:
+        """Collects the scores of the batch's images."""
+        self._prompts += batch.prompts
+        self._scores.append(outputs.float().cpu())
+        self._ratings.append(batch.ratings.cpu())
+        self._images.append(to_uint8(batch.images))
+
+    def on_test_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Computes, prints and writes the table."""
+        if not trainer.is_global_zero:
+            return
+        ratings = torch.cat(self._ratings).numpy()
+        scores = torch.cat(self._scores).numpy()[:, None].repeat(len(ASPECTS), 1)
+        columns = {
+            "VP-Score": pairwise_accuracy(scores, ratings, self._prompts),
+            "one noisy judge": pairwise_accuracy(self._second_ratings(), ratings, self._prompts, tie=0.5),
+        }
+        table = as_markdown(columns)
+        print(f"\nPairwise accuracy on held-out prompts, with 95% intervals\n{table}")
+        folder = Path(trainer.default_root_dir)
+        (folder / "accuracy.md").write_text(table + "\n")
+        summary = {name: {rule: asdict(value) for rule, value in column.items()} for name, column in columns.items()}
+        (folder / "summary.json").write_text(json.dumps({"accuracy": summary}, indent=2) + "\n")
+
+    def _second_ratings(self) -> np.ndarray:
+        pictures = [[Image.fromarray(image)] for image in np.concatenate(self._images)]
+        rated = asyncio.run(rate_all(self._noisy, self._prompts, pictures, quiet=True))
+        return np.array([[row[aspect][0].rating for aspect in ASPECTS] for row in rated], dtype=float)

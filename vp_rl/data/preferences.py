@@ -1,0 +1,212 @@
+"""Preference pairs to train a reward model on, from a VisionPrefer dataset that is built if it is absent."""
+
+import io
+import logging
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import lightning
+import numpy as np
+import torch
+from einops import rearrange
+from jaxtyping import UInt8
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, DistributedSampler
+
+from vp_rl.types import ASPECTS, Aspect, PreferenceBatch, Split
+from vp_rl.visionprefer import schema
+from vp_rl.visionprefer.build import Builder
+from vp_rl.visionprefer.pairs import RULES, pairs
+
+log = logging.getLogger(__name__)
+
+
+class RatedPrompt(NamedTuple):
+    """A prompt with its images, still encoded, and their ratings by aspect."""
+
+    prompt: str
+    images: list[bytes]
+    ratings: dict[Aspect, list[int]]
+
+
+class PreferenceDataModule(lightning.LightningDataModule):
+    """Batches of whole prompts: each image once, with every pair of it that the ratings do not tie.
+
+    Args:
+        folder: of the dataset.
+        batch_size: prompts of each device in a batch.
+        aspects: how ratings become pairs: `pooled`, `mean` or one aspect (see `visionprefer.pairs`).
+        builder: makes the dataset if the folder is absent; None if it must be there.
+        num_workers: processes that decode images.
+        seed: of the order of training.
+
+    Raises:
+        ValueError: the rule is unknown.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        batch_size: int = 16,
+        aspects: str = "pooled",
+        builder: Builder | None = None,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if aspects not in RULES:
+            raise ValueError(f"data.aspects={aspects!r} is unknown: choose from {', '.join(RULES)}.")
+        self._folder, self._batch_size, self._rule = Path(folder), batch_size, aspects
+        self._builder, self._num_workers, self._seed = builder, num_workers, seed
+
+    def prepare_data(self) -> None:
+        """Builds the dataset where there is none; one process of a machine does.
+
+        Raises:
+            FileNotFoundError: it is absent and there is no builder.
+        """
+        if schema.exists(self._folder):
+            log.info("VisionPrefer: %s is there and used as it is; remove it to build it anew", self._folder)
+        elif self._builder is None:
+            raise FileNotFoundError(
+                f"The VisionPrefer dataset data.folder='{self._folder}' is absent, and data.builder is null, "
+                "so there is nothing to build it with."
+            )
+        else:
+            log.info("VisionPrefer: building %s", self._folder)
+            self._builder.build(self._folder)
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled anew in every epoch, by the seed and the epoch alone."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """In the dataset's order."""
+        return self._loader("validation", shuffle=False)
+
+    def test_dataloader(self) -> DataLoader:
+        """In the dataset's order."""
+        return self._loader("test", shuffle=False)
+
+    def _loader(self, split: Split, shuffle: bool) -> DataLoader:
+        prompts = [
+            rated for rated in rated_prompts(self._folder, split) if len(rated.images) > 1 and self._pairs(rated)
+        ]
+        if not prompts:
+            raise ValueError(
+                f"No prompt of the {split} split in '{self._folder}' has two images that data.aspects={self._rule!r} "
+                "ranks differently: there is nothing to learn from. Choose another rule, or build a larger set."
+            )
+        trainer = self.trainer
+        sampler = DistributedSampler(
+            prompts,  # type: ignore[arg-type]  # only its length is used
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            shuffle=shuffle,
+            seed=zlib.crc32(str(self._seed).encode()),  # the epoch is added to it: neighbouring seeds must not overlap
+        )
+        return DataLoader(
+            prompts,  # type: ignore[arg-type]  # a list serves as a dataset
+            self._batch_size,
+            sampler=sampler,
+            num_workers=self._num_workers,
+            collate_fn=Collate(self._rule),
+            persistent_workers=self._num_workers > 0,
+        )
+
+    def _pairs(self, rated: RatedPrompt) -> list[tuple[int, int, int]]:
+        return pairs(rated.ratings, self._rule)
+
+
+class Collate:
+    """Rated prompts to a batch of decoded images and the pairs among them; an object, so that workers can be sent it.
+
+    Args:
+        rule: see `visionprefer.pairs`.
+    """
+
+    def __init__(self, rule: str) -> None:
+        self._rule = rule
+
+    def __call__(self, rated: Sequence[RatedPrompt]) -> PreferenceBatch:
+        """Images of several sizes are cropped and scaled to the smallest width and height among them."""
+        found: list[tuple[int, int, int]] = []
+        first = 0
+        for each in rated:
+            found += [
+                (first + better, first + worse, aspect) for better, worse, aspect in pairs(each.ratings, self._rule)
+            ]
+            first += len(each.images)
+        better, worse, aspects = torch.tensor(found, dtype=torch.int64).reshape(-1, 3).unbind(1)
+        columns = [torch.tensor([rating for each in rated for rating in each.ratings[aspect]]) for aspect in ASPECTS]
+        pixels = decode([png for each in rated for png in each.images])
+        return PreferenceBatch(
+            prompts=[each.prompt for each in rated for _ in each.images],
+            images=rearrange(torch.from_numpy(pixels), "b h w c -> b c h w").float() / 255,
+            ratings=torch.stack(columns, 1),
+            better=better,
+            worse=worse,
+            aspects=aspects,
+        )
+
+
+def decode(encoded: Sequence[bytes]) -> UInt8[np.ndarray, "batch height width 3"]:
+    """Image files to RGB pixels, cropped and scaled to the smallest width and height among them.
+
+    Raises:
+        ValueError: one is not an image that can be read.
+    """
+    images = []
+    for number, data in enumerate(encoded):
+        try:
+            images.append(Image.open(io.BytesIO(data)).convert("RGB"))
+        except OSError as error:
+            raise ValueError(f"Image {number} of a batch of {len(encoded)} cannot be decoded: {error}") from error
+    size = min(image.width for image in images), min(image.height for image in images)
+    return np.stack([np.asarray(image if image.size == size else ImageOps.fit(image, size)) for image in images])
+
+
+def rated_prompts(folder: Path, split: Split) -> list[RatedPrompt]:
+    """The prompts of a split of a VisionPrefer dataset, in its order."""
+    return [
+        RatedPrompt(row["prompt"], [image["image"]["bytes"] for image in row["images"]], ratings_of(row))
+        for row in schema.read(folder, split)
+    ]
+
+
+def ratings_of(row: schema.Row) -> dict[Aspect, list[int]]:
+    """The ratings of a row's images by aspect, in the order of the images.
+
+    Raises:
+        ValueError: an image has no rating in an aspect, or two.
+    """
+    found: dict[tuple[str, str], int] = {}
+    for note in row["annotations"]:
+        key = (note["image_id"], note["aspect"])
+        if key in found:
+            raise ValueError(
+                f"Image {key[0]} of {row['prompt'][:200]!r} is rated twice in {key[1]}: keep one annotator."
+            )
+        found[key] = note["rating"]
+    for image in row["images"]:
+        for aspect in ASPECTS:
+            if (image["image_id"], aspect) not in found:
+                raise ValueError(
+                    f"Image {image['image_id']} of {row['prompt'][:200]!r} has no rating in {aspect}: "
+                    "the dataset is incomplete, build it anew."
+                )
+    return {aspect: [found[image["image_id"], aspect] for image in row["images"]] for aspect in ASPECTS}
+
+
+def best_images(folder: Path, split: Split) -> list[tuple[str, UInt8[Tensor, "3 height width"]]]:
+    """Each prompt with the one of its images that has the highest mean rating, all of one size, 0 to 255."""
+    rated = rated_prompts(folder, split)
+    chosen = []
+    for each in rated:
+        totals = [sum(each.ratings[aspect][image] for aspect in ASPECTS) for image in range(len(each.images))]
+        chosen.append(each.images[totals.index(max(totals))])
+    pixels = rearrange(torch.from_numpy(decode(chosen)), "b h w c -> b c h w")
+    return list(zip((each.prompt for each in rated), pixels, strict=True))

@@ -1,0 +1,1 @@
+"""Evaluation: images on held-out prompts, paired intervals, reward-model accuracy, the report."""

@@ -1,0 +1,74 @@
+"""How often a reward model prefers the image that the annotator prefers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from vp_rl.types import ASPECTS, Aspect
+from vp_rl.visionprefer.pairs import pairs
+
+_RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Share of pairs that are ordered right, with a 95% interval from resampling prompts."""
+
+    share: float
+    low: float
+    high: float
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"{self.share:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.pairs} pairs"
+
+
+def pairwise_accuracy(
+    predictions: Float[np.ndarray, "images aspects"],
+    ratings: Int[np.ndarray, "images aspects"],
+    prompts: Sequence[str],
+    tie: float = 0.0,
+) -> dict[str, Accuracy]:
+    """Accuracy by aspect, by the mean over aspects (`mean`), and over all aspects' pairs together (`pooled`).
+
+    Args:
+        predictions: what is judged; a reward's one score is the same in every aspect.
+        ratings: the annotator's, which say which image of a pair is the better one; tied pairs do not count.
+        prompts: one for each image; pairs are formed within a prompt, and prompts are what is resampled.
+        tie: what an equal prediction earns: 0 for a reward, which must tell images apart; 0.5 for a second annotator,
+            who may toss a coin.
+    """
+    groups: dict[str, list[int]] = {}
+    for image, prompt in enumerate(prompts):
+        groups.setdefault(prompt, []).append(image)
+    rules = ("mean", "pooled", *ASPECTS)
+    right, total = np.zeros((len(rules), len(groups))), np.zeros((len(rules), len(groups)))
+    for number, images in enumerate(groups.values()):
+        own: dict[Aspect, list[int]] = {aspect: ratings[images, index].tolist() for index, aspect in enumerate(ASPECTS)}
+        for index, rule in enumerate(rules):
+            for better, worse, aspect in pairs(own, rule):
+                column = predictions[images].mean(1) if aspect < 0 else predictions[images, aspect]
+                gap = column[better] - column[worse]
+                right[index, number] += tie if gap == 0 else gap > 0
+                total[index, number] += 1
+    return {rule: _accuracy(right[index], total[index]) for index, rule in enumerate(rules)}
+
+
+def _accuracy(right: Float[np.ndarray, " prompts"], total: Float[np.ndarray, " prompts"]) -> Accuracy:
+    if not total.sum():
+        return Accuracy(float("nan"), float("nan"), float("nan"), 0)
+    rng = np.random.default_rng(0)
+    weights = rng.multinomial(len(total), np.full(len(total), 1 / len(total)), size=_RESAMPLES)
+    counts = weights @ total
+    low, high = np.quantile((weights @ right)[counts > 0] / counts[counts > 0], [0.025, 0.975])
+    return Accuracy(float(right.sum() / total.sum()), float(low), float(high), int(total.sum()))
+
+
+def as_markdown(columns: dict[str, dict[str, Accuracy]]) -> str:
+    """A table of several predictors: a row for each rule, a column for each predictor, and chance."""
+    lines = [f"| pairs by | {' | '.join(columns)} | chance |", "|---|" + "---|" * (len(columns) + 1)]
+    for rule in next(iter(columns.values())):
+        lines.append(f"| {rule} | {' | '.join(str(column[rule]) for column in columns.values())} | 50.0% |")
+    return "\n".join(lines)

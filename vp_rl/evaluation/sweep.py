@@ -1,0 +1,95 @@
+"""One table of a sweep's runs."""
+
+import csv
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+_METRICS = ("reward", "prompt_following", "mean_rating", "correct")
+
+Cells = dict[str, str]
+
+
+def write_table(folder: Path) -> list[Cells]:
+    """Collects the runs below a multirun folder into `results.csv` and `results.md`, anew after each run.
+
+    A run that has not finished, or failed, has a row without results.
+
+    Returns:
+        The rows of `results.csv`, by column.
+    """
+    runs = sorted({path.parent for name in (".hydra", "summary.json") for path in folder.glob(f"*/{name}")}, key=_order)
+    overrides = [_overrides(run) for run in runs]
+    summaries = [_summary(run / "summary.json") for run in runs]
+    rows = [{**o, **_numbers(s)} for o, s in zip(overrides, summaries, strict=True)]
+    read = [{**o, **_words(s)} for o, s in zip(overrides, summaries, strict=True)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _columns(rows), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    _replace(folder / "results.csv", text.getvalue())
+    lines = [_columns(read), ["---"] * len(_columns(read))]
+    lines += [[row.get(column, "").replace("|", "\\|") for column in _columns(read)] for row in read]
+    _replace(folder / "results.md", "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
+    return rows
+
+
+def _columns(rows: list[Cells]) -> list[str]:
+    return list(dict.fromkeys(column for row in rows for column in row)) or ["run"]
+
+
+def _overrides(run: Path) -> Cells:
+    file = run / ".hydra" / "overrides.yaml"
+    given = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else []
+    return {"run": run.name} | dict(entry.split("=", 1) for entry in given if "=" in entry)
+
+
+def _summary(file: Path) -> dict[str, Any]:
+    """What the run found; nothing where it has not finished, be it in the middle of writing."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _numbers(summary: dict[str, Any]) -> Cells:
+    row = {}
+    for name, change in _changes(summary).items():
+        row |= {name: change["tuned"]} | {f"{name}.{part}": change[part] for part in ("difference", "low", "high")}
+    return {column: f"{value:.6g}" for column, value in (row | _others(summary)).items()}
+
+
+def _words(summary: dict[str, Any]) -> Cells:
+    row = {
+        name: f"{c['tuned']:.3f} ({c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}])"
+        for name, c in _changes(summary).items()
+    }
+    return row | {column: f"{value:.4g}" for column, value in _others(summary).items()}
+
+
+def _changes(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
+    found = summary.get("held_out", {})
+    return {name: found[name] for name in _METRICS if name in found}
+
+
+def _others(summary: dict[str, Any]) -> dict[str, float]:
+    """A reward model's accuracies, and what the run cost."""
+    accuracies = {
+        f"accuracy of {name}": by_rule["mean"]["share"] for name, by_rule in summary.get("accuracy", {}).items()
+    }
+    return accuracies | {name: summary[name] for name in ("training_seconds",) if name in summary}
+
+
+def _order(run: Path) -> tuple[int, str]:
+    return (int(run.name), "") if run.name.isdigit() else (1 << 30, run.name)
+
+
+def _replace(path: Path, text: str) -> None:
+    """Another job of the sweep may be writing too: readers see one whole table or the other."""
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

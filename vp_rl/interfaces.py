@@ -1,0 +1,126 @@
+"""The architecture on one screen: what a reward, a process, a policy and an annotator promise.
+
+A new one of a kind is one subclass in one file, and one yaml. Implementations are final: nobody subclasses them.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from vp_rl.types import Aspect, Conditioning, Images, Latents, Rating, Scores, Split, Steps, Transition
+
+
+class Reward(nn.Module, ABC):
+    """Scores images for prompts. Owns its preprocessing, so images of any height and width are welcome.
+
+    Row i of the result depends on row i of the input only.
+    """
+
+    differentiable: ClassVar[bool]
+    """Whether gradients flow from scores to images."""
+
+    @abstractmethod
+    def forward(self, images: Images, prompts: list[str]) -> Scores:
+        """Float32 scores, higher is better; images are RGB in [0, 1]."""
+
+
+class TrainableReward(Reward):
+    """A reward that preferences can be fitted to."""
+
+    @abstractmethod
+    def freeze(self, fraction: float) -> None:
+        """Makes everything trainable but the first `fraction` of each tower's layers."""
+
+    @abstractmethod
+    def standardise(self, scores: Scores) -> None:
+        """Shifts and scales all scores to come so that these would have mean 0 and standard deviation 1."""
+
+    @abstractmethod
+    def save(self, folder: Path) -> None:
+        """Writes what loading this reward needs."""
+
+
+class Process(ABC):
+    """The maths of one family of samplers: no network, no mutable position, everything in float32."""
+
+    @abstractmethod
+    def timesteps(self, steps: int) -> Float[Tensor, " steps"]:
+        """What the denoiser is told at each of `steps` sampling steps, noisiest first."""
+
+    @abstractmethod
+    def transition(self, output: Latents, latents: Latents, step: Steps, steps: int, eta: float) -> Transition:
+        """The Gaussian step from `latents`, given the denoiser's `output`; rows may be at different steps.
+
+        `eta` scales the noise: 0 is the deterministic sampler, 1 the full ancestral one. Gradients flow from `output`.
+        """
+
+    @abstractmethod
+    def add_noise(self, x0: Latents, noise: Latents, timestep: Float[Tensor, " batch"]) -> Latents:
+        """The forward process: clean latents noised to `timestep`."""
+
+    @abstractmethod
+    def target(self, x0: Latents, noise: Latents, timestep: Float[Tensor, " batch"]) -> Latents:
+        """What a perfect denoiser would output for those noised latents."""
+
+
+class Policy(nn.Module, ABC):
+    """A frozen text-to-image model with a trainable adapter. Only the adapter's parameters require gradients."""
+
+    process: Process
+
+    @abstractmethod
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """The prompts as the denoiser reads them, without gradients."""
+
+    @abstractmethod
+    def noise(self, batch: int, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Latents:
+        """Starting latents on the policy's device; a generator for each image makes them independent of batching."""
+
+    @abstractmethod
+    def predict(
+        self, latents: Latents, timestep: Float[Tensor, " batch"], conditioning: Conditioning, guidance: float
+    ) -> Latents:
+        """The denoiser's output in float32, after classifier-free guidance (1.0: none, at half the cost)."""
+
+    @abstractmethod
+    def decode(self, latents: Latents) -> Images:
+        """Finished latents to images in [0, 1]; gradients flow."""
+
+    @abstractmethod
+    def encode_images(self, images: Images) -> Latents:
+        """Images to clean latents, without gradients."""
+
+    @abstractmethod
+    def reference(self) -> AbstractContextManager[None]:
+        """Inside it the adapter is off: the untrained model, at no memory cost. Leave it before `backward()`."""
+
+    @abstractmethod
+    def save_adapter(self, directory: Path) -> None:
+        """Writes the adapter in diffusers' LoRA format: `pipeline.load_lora_weights(directory)` reads it."""
+
+    @abstractmethod
+    def load_adapter(self, directory: Path) -> None:
+        """Reads what `save_adapter` wrote."""
+
+
+class Annotator(ABC):
+    """Rates images like a human annotator who was given the guideline of an aspect."""
+
+    @abstractmethod
+    async def annotate(self, prompt: str, images: Sequence[Image], aspect: Aspect) -> list[Rating]:
+        """One rating from 1 to 5 with its rationale for each image, in order."""
+
+
+class PromptSource(ABC):
+    """Where prompts come from. A prompt is in one split only."""
+
+    @abstractmethod
+    def split(self, name: Split) -> list[str]:
+        """The prompts of one split, always in the same order."""

@@ -1,0 +1,1 @@
+"""Text-to-image models with a trainable adapter, one file a family."""

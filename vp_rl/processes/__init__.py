@@ -1,0 +1,1 @@
+"""Sampling processes: the Gaussian transition of one step, family by family."""

@@ -1,0 +1,1 @@
+"""Rewards: one file each; all score images in [0, 1] for prompts."""

@@ -1,0 +1,87 @@
+"""The vocabulary that crosses functions: what a tensor is, its shape, range and units."""
+
+from typing import Literal, NamedTuple, get_args
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Images = Float[Tensor, "batch 3 height width"]
+"""RGB in [0, 1]: the only image format that crosses a function."""
+
+Latents = Float[Tensor, "batch *latent"]
+"""What the denoiser works on. Stable Diffusion: (B, 4, height / 8, width / 8)."""
+
+Scores = Float[Tensor, " batch"]
+"""What a reward returns: float32, higher is better."""
+
+Steps = Int[Tensor, " batch"]
+"""Index 0..steps-1 of the sampling loop, one for each row; step 0 is the noisiest."""
+
+Conditioning = dict[str, Tensor]
+"""What the denoiser is told about the prompts, by name; every tensor has the batch first."""
+
+Aspect = Literal["prompt_following", "aesthetic", "fidelity", "harmlessness"]
+"""What VisionPrefer rates (Wu et al. 2024)."""
+
+Split = Literal["train", "validation", "test"]
+
+ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
+
+
+class Transition(NamedTuple):
+    """One Gaussian sampling step p(x_next | x_t) = N(mean, std^2), in float32."""
+
+    mean: Float[Tensor, "batch *latent"]
+    std: Float[Tensor, " batch"]
+    """0 where the step is deterministic: such a step has no density."""
+    x0: Float[Tensor, "batch *latent"]
+    """The clean latents that the denoiser predicts at this step."""
+
+
+class Trajectory(NamedTuple):
+    """Everything one sampling run produced; no gradients flow into it."""
+
+    latents: Float[Tensor, "batch steps_plus_one *latent"]
+    """From pure noise (index 0) to the finished latents (last index), float32."""
+    log_probs: Float[Tensor, "batch steps"]
+    """Log-density of each step, averaged over latent dimensions; 0 at deterministic steps."""
+    stds: Float[Tensor, " steps"]
+    """Standard deviation of each step's transition; 0 at deterministic steps."""
+
+
+class Rating(NamedTuple):
+    """What an annotator says of one image in one aspect."""
+
+    rating: int
+    """1 (worst) to 5 (best)."""
+    rationale: str
+    """Two or three sentences: why."""
+
+
+class PromptBatch(NamedTuple):
+    """Prompts to make images for; with images that fit them where a regulariser needs real ones."""
+
+    prompts: list[str]
+    images: Float[Tensor, "captioned 3 height width"] | None = None
+    captions: list[str] | None = None
+    """The prompts of `images`."""
+
+
+class PreferenceBatch(NamedTuple):
+    """Images scored once, however many pairs each is in."""
+
+    prompts: list[str]
+    """One for each image."""
+    images: Images
+    ratings: Int[Tensor, "batch aspects"]
+    """1 to 5, in the order of `ASPECTS`."""
+    better: Int[Tensor, " pairs"]
+    """Row in `images` of each pair's preferred image."""
+    worse: Int[Tensor, " pairs"]
+    aspects: Int[Tensor, " pairs"]
+    """Index into `ASPECTS`, or -1 where the pair is by the mean over aspects."""
+
+
+def take(conditioning: Conditioning, rows: Int[Tensor, " rows"]) -> Conditioning:
+    """The given rows of every tensor: encode a prompt once, use it in many samples."""
+    return {name: tensor[rows] for name, tensor in conditioning.items()}

@@ -1,0 +1,1 @@
+"""VisionPrefer: prompts to images to AI annotations to preference pairs, stage by stage."""
