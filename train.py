@@ -94,6 +94,20 @@ def _stop(error: BaseException) -> None:
     sys.exit(f"error: {error}")
 
 
+def _quieten() -> None:
+    """Hides what other libraries say to themselves; their errors, and warnings that a user can act on, stay."""
+    for expected in (
+        ".*LeafSpec.*",  # Lightning 2.6 on torch 2.13
+        "Found .* in eval mode at the start of training",  # frozen models, as they should be
+        "Experiment logs directory .* exists and is not empty",  # Hydra has written the settings there
+        "Checkpoint directory .* exists and is not empty",  # a resumed run
+        "The '.*_dataloader' does not have many workers",  # images are small; data.num_workers is a setting
+    ):
+        warnings.filterwarnings("ignore", message=expected)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)  # tips and devices
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a CPU kernel that this system does not use
+
+
 if __name__ == "__main__":
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    _quieten()
     main()

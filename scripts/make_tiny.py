@@ -3,6 +3,7 @@
     python scripts/make_tiny.py vae sd            # the tiny Stable Diffusion, a real diffusers pipeline folder
     python scripts/make_tiny.py blip              # the BLIP towers that the tiny VP-Score starts from
     python train.py experiment=vpscore            # VisionPrefer from tiny SD's images, and VP-Score trained on it
+    python scripts/make_tiny.py vp_score --trained outputs/vpscore/DATE_TIME/vp_score     # in half precision
 
 Every stage uses the train split of the grammar only. On two CPU cores: 10, 25 and 20 minutes.
 """
@@ -16,10 +17,11 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
+from make_tiny_blip import train_blip
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from vp_rl.rewards.vp_score import VPScore
 from vp_rl.scenes.grammar import COLORS, COUNTS, RELATIONS, SHAPES, SIZES, Scene, scenes
 from vp_rl.scenes.render import SIZE, render
 
@@ -28,22 +30,30 @@ MAX_TOKENS = 20
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", choices=["vae", "sd", "blip"])
+    parser.add_argument("stages", nargs="+", choices=["vae", "sd", "blip", "vp_score"])
     parser.add_argument("--out", type=Path, default=Path("vp_rl/scenes/weights"))
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--sd-steps", type=int, default=6000)
+    parser.add_argument("--start", type=Path, help="sd: a folder whose denoiser and text encoder are trained further")
+    parser.add_argument("--trained", type=Path, help="vp_score: the folder that training wrote")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if "vp_score" in args.stages and args.trained is None:
+        parser.error("vp_score needs --trained: the folder that `python train.py experiment=vpscore` wrote")
     torch.manual_seed(args.seed)
     if "vae" in args.stages:
         train_vae(args.vae_steps, args.seed).half().save_pretrained(args.out / "sd" / "vae")
     if "sd" in args.stages:
-        vae = AutoencoderKL.from_pretrained(args.out / "sd" / "vae", torch_dtype=torch.float32)
-        train_sd(vae, args.sd_steps, args.seed, args.out / "sd")
+        train_sd(load_vae(args.out), args.sd_steps, args.seed, args.out / "sd", args.start)
     if "blip" in args.stages:
-        from scripts.make_tiny_blip import train_blip
+        train_blip(args.out / "blip", load_vae(args.out), args.seed)
+    if "vp_score" in args.stages:
+        VPScore.load(str(args.trained)).save(args.out / "vp_score", torch.float16)
 
-        train_blip(args.out / "blip", args.seed)
+
+def load_vae(out: Path) -> AutoencoderKL:
+    """The trained VAE, which the stages after it need."""
+    return AutoencoderKL.from_pretrained(out / "sd" / "vae", torch_dtype=torch.float32)
 
 
 def renders(drawn: list[Scene], rng: random.Random) -> Tensor:
@@ -85,13 +95,25 @@ def train_vae(steps: int, seed: int) -> AutoencoderKL:
     return vae
 
 
-def train_sd(vae: AutoencoderKL, steps: int, seed: int, out: Path, images: int = 30_000, batch: int = 64) -> None:
-    """The denoiser and its text encoder, together, on cached latents; saves the whole pipeline in half precision."""
+def train_sd(
+    vae: AutoencoderKL,
+    steps: int,
+    seed: int,
+    out: Path,
+    start: Path | None = None,
+    images: int = 30_000,
+    batch: int = 64,
+) -> None:
+    """The denoiser and its text encoder, together, on cached latents; saves the whole pipeline in half precision.
+
+    The loss on the predicted noise is weighted by 1 / a_t up to 8, as v-prediction's is: unweighted, the noisy steps
+    that decide the layout hardly count, and relations are learnt last.
+    """
     pool, rng = scenes("train", images, seed + 2), random.Random(seed + 2)
     chunks = []
     with torch.no_grad():
-        for start in range(0, images, 250):
-            chunks.append(vae.encode(renders(pool[start : start + 250], rng)).latent_dist.mean)
+        for first in range(0, images, 250):
+            chunks.append(vae.encode(renders(pool[first : first + 250], rng)).latent_dist.mean)
     latents = torch.cat(chunks)
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     latents = latents * vae.config.scaling_factor
@@ -99,6 +121,9 @@ def train_sd(vae: AutoencoderKL, steps: int, seed: int, out: Path, images: int =
     tokenizer = make_tokenizer()
     tokens = _tokenize(tokenizer, [scene.prompt for scene in pool])
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
+    if start is not None:
+        unet = UNet2DConditionModel.from_pretrained(start / "unet", torch_dtype=torch.float32).train()
+        text_encoder = CLIPTextModel.from_pretrained(start / "text_encoder", dtype=torch.float32).train()
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -118,7 +143,8 @@ def train_sd(vae: AutoencoderKL, steps: int, seed: int, out: Path, images: int =
         prompt = torch.where(torch.rand(batch, 1) < 0.1, empty, tokens[rows])  # for classifier-free guidance
         noise, timestep = torch.randn(batch, *latents.shape[1:]), torch.randint(1000, (batch,))
         noised = scheduler.add_noise(latents[rows], noise, timestep)
-        loss = F.mse_loss(unet(noised, timestep, text_encoder(prompt)[0]).sample, noise)
+        error = (unet(noised, timestep, text_encoder(prompt)[0]).sample - noise).square().flatten(1).mean(1)
+        loss = (error / scheduler.alphas_cumprod[timestep].clamp(min=1 / 8)).mean()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(models.parameters(), 1.0)

@@ -16,7 +16,7 @@ from PIL import Image
 from test_visionprefer import builder, fail
 from torch import nn
 
-from vp_rl.data.preferences import PreferenceDataModule, ratings_of
+from vp_rl.data.preferences import PreferenceDataModule, ratings_of, shifted
 from vp_rl.types import ASPECTS, Aspect, PreferenceBatch, Split
 from vp_rl.visionprefer import schema
 from vp_rl.visionprefer.build import SPLITS
@@ -216,6 +216,40 @@ def test_images_of_several_sizes_are_brought_to_the_smallest(tmp_path: Path) -> 
     assert batch.images.shape == (3, 3, 8, 8)
     shades = torch.tensor([0.0, 100.0, 200.0]) / 255
     assert torch.allclose(batch.images, shades[:, None, None, None].expand_as(batch.images))
+
+
+def test_shifting_moves_whole_images_and_depends_on_the_seed_alone() -> None:
+    images = torch.rand(40, 3, 8, 8)
+    moved = shifted(images, 2, seed=1)
+    assert torch.equal(moved, shifted(images, 2, seed=1))
+    assert not torch.equal(moved, shifted(images, 2, seed=2))
+    assert torch.equal(images, shifted(images, 0, seed=1))
+    offsets = set()
+    for image, after in zip(images, moved, strict=True):
+        found = [
+            (y, x)
+            for y in range(-2, 3)
+            for x in range(-2, 3)
+            if torch.equal(after[:, 2:-2, 2:-2], image[:, 2 + y : 6 + y, 2 + x : 6 + x])
+        ]
+        assert len(found) == 1
+        offsets |= set(found)
+    assert {-2, 2} <= {y for y, _ in offsets}
+    assert {-2, 2} <= {x for _, x in offsets}
+
+
+def test_only_training_images_are_shifted(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    gradient = [Image.linear_gradient("L").resize((8, 8)).convert("RGB") for _ in range(4)]
+    buffers = [io.BytesIO() for _ in gradient]
+    for image, buffer in zip(gradient, buffers, strict=True):
+        image.save(buffer, format="png")
+    images = [buffer.getvalue() for buffer in buffers]
+    schema.write({split: [row(0, split, random_ratings(1)[0], images)] for split in SPLITS}, folder, "")
+    data = module(folder, shift=3)
+    train, validation = (next(iter(loader)).images for loader in (data.train_dataloader(), data.val_dataloader()))
+    assert torch.equal(validation, validation[:1].expand(4, -1, -1, -1))
+    assert not torch.equal(train, train[:1].expand(4, -1, -1, -1))
 
 
 def test_an_image_without_a_rating_is_refused_rather_than_taken_for_a_bad_one() -> None:

@@ -45,10 +45,20 @@ def test_without_noise_a_step_has_no_density() -> None:
 
 
 @pytest.mark.parametrize("stop", [0, 3, 5])
-def test_predict_x0_lets_gradients_through_one_step_only(stop: int) -> None:
+def test_sampling_part_of_the_way_gives_the_rollouts_latents_there(stop: int) -> None:
+    policy, sampler = LinearPolicy(gain=0.5), Sampler(steps=6, guidance=1.0, eta=1.0)
+    latents = sampler.sample(policy, policy.encode(["a"]), torch.Generator().manual_seed(0), until=stop)
+    trajectory = sampler.rollout(policy, policy.encode(["a"]), torch.Generator().manual_seed(0))
+    assert torch.equal(latents, trajectory.latents[:, stop])
+
+
+@pytest.mark.parametrize("stop", [0, 3, 5])
+def test_a_step_lets_gradients_through_itself_only(stop: int) -> None:
     """x0 = gain * x_t + bias, so d x0 / d bias is 1 if x_t is cut off, and more if earlier steps are not."""
     policy, sampler = LinearPolicy(gain=0.5), Sampler(steps=6, guidance=1.0, eta=1.0)
-    x0 = sampler.predict_x0(policy, policy.encode(["a"]), stop, torch.Generator().manual_seed(0))
+    conditioning = policy.encode(["a"])
+    latents = sampler.sample(policy, conditioning, torch.Generator().manual_seed(0), until=stop)
+    x0 = sampler.transition(policy, latents, torch.tensor([stop]), conditioning).x0
     (gradient,) = torch.autograd.grad(x0.sum(), policy.bias)
     torch.testing.assert_close(gradient, torch.ones(3, 1, 1))
 

@@ -1,7 +1,7 @@
 """From noise to images: one sampler serves every algorithm.
 
-`sample` makes images, `rollout` keeps the whole trajectory with its log-probabilities (DDPO), `transition` replays any
-of its steps with gradients, and `predict_x0` lets gradients through one step only (ReFL).
+`sample` makes images, or goes part of the way to them (ReFL); `rollout` keeps the whole trajectory with its
+log-probabilities (DDPO); `transition` is any one step, with gradients.
 """
 
 from collections.abc import Sequence
@@ -38,10 +38,15 @@ class Sampler:
             raise ValueError(f"A sampler needs steps >= 1, guidance >= 0 and eta >= 0; got {self}.")
 
     @torch.no_grad()
-    def sample(self, policy: Policy, conditioning: Conditioning, generator: Generators = None) -> Latents:
-        """Finished latents, a row for each of `conditioning`; a generator a row makes rows independent of batching."""
+    def sample(
+        self, policy: Policy, conditioning: Conditioning, generator: Generators = None, until: int | None = None
+    ) -> Latents:
+        """Latents for each row of `conditioning`: finished ones, or those before step `until`.
+
+        A generator for each row makes rows independent of batching.
+        """
         latents = policy.noise(_batch(conditioning), generator)
-        for step in range(self.steps):
+        for step in range(self.steps if until is None else until):
             transition = self.transition(policy, latents, self._at(step, latents), conditioning)
             latents = self._draw(transition, generator)
         return latents
@@ -64,17 +69,6 @@ class Sampler:
         timestep = policy.process.timesteps(self.steps).to(latents.device)[step]
         output = policy.predict(latents, timestep, conditioning, self.guidance)
         return policy.process.transition(output, latents, step, self.steps, self.eta)
-
-    def predict_x0(
-        self, policy: Policy, conditioning: Conditioning, stop: int, generator: Generators = None
-    ) -> Float[Tensor, "batch *latent"]:
-        """Runs to step `stop` without gradients, then predicts the clean latents there with gradients (ReFL)."""
-        latents = policy.noise(_batch(conditioning), generator)
-        with torch.no_grad():
-            for step in range(stop):
-                transition = self.transition(policy, latents, self._at(step, latents), conditioning)
-                latents = self._draw(transition, generator)
-        return self.transition(policy, latents, self._at(stop, latents), conditioning).x0
 
     @staticmethod
     def _at(step: int, latents: Latents) -> Steps:

@@ -1,5 +1,6 @@
 """What every way of training a policy against a reward shares."""
 
+import time
 import zlib
 from abc import ABC
 from collections.abc import Callable, Iterable, Iterator
@@ -7,12 +8,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import lightning
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from vp_rl.functional import gaussian_kl
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
-from vp_rl.types import Images, PromptBatch, Scores
+from vp_rl.types import Conditioning, Images, Latents, PromptBatch, Scores, Steps, Transition
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
@@ -42,12 +45,25 @@ class PolicyTraining(lightning.LightningModule, ABC):
         self.reward = reward.requires_grad_(False).eval()
         self.sampler = sampler
         self.seed = seed
+        self.images = 0  # of the running epoch
         self.strict_loading = False  # checkpoints hold the adapter alone; `on_load_checkpoint` is the strict one
         self._make_optimizer = optimizer
 
     def configure_optimizers(self) -> Optimizer:
         """One optimizer over the adapter."""
         return self._make_optimizer([parameter for parameter in self.policy.parameters() if parameter.requires_grad])
+
+    def on_train_epoch_start(self) -> None:
+        """Starts the epoch's clock."""
+        self.images, self._started = 0, time.monotonic()
+
+    def on_train_epoch_end(self) -> None:
+        """Logs how many images the epoch sampled, scored and learned from in a second."""
+        self.log("train/images_per_second", self.images * self.trainer.world_size / self.epoch_seconds())
+
+    def epoch_seconds(self) -> float:
+        """Wall time of the running epoch so far."""
+        return time.monotonic() - self._started
 
     def batches(self, prompts: PromptBatches) -> Iterable[Any]:
         """What an epoch of this algorithm trains on, given the epoch's prompts: here, the prompts themselves."""
@@ -57,6 +73,17 @@ class PolicyTraining(lightning.LightningModule, ABC):
         """Random numbers of this rank at a position (epoch, batch, ...): nothing to save, nothing to restore."""
         key = (self.seed, self.trainer.global_rank, *position)
         return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+
+    def kl_to_reference(
+        self, transition: Transition, latents: Latents, step: Steps, conditioning: Conditioning
+    ) -> Float[Tensor, " batch"]:
+        """KL of the policy's steps to those without its adapter, averaged over latent dimensions.
+
+        Gradients flow into `transition` alone. Its steps must be random ones.
+        """
+        with torch.no_grad(), self.policy.reference():
+            reference = self.sampler.transition(self.policy, latents, step, conditioning)
+        return gaussian_kl(transition.mean, reference.mean, transition.std)
 
     def score(self, images: Images, prompts: list[str]) -> Scores:
         """The reward's scores, which must be finite numbers.

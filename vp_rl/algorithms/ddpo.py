@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining, PromptBatches
-from vp_rl.functional import clipped_surrogate, gaussian_kl, group_advantages
+from vp_rl.functional import clipped_surrogate, group_advantages
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler, log_prob_of
 from vp_rl.types import Conditioning, PromptBatch, Steps, take
@@ -105,7 +105,6 @@ class DDPO(PolicyTraining):
         self.steps_per_sample = max(1, round(timestep_fraction * len(self.trained_steps)))
         self.conditioning: Conditioning = {}
         self._rounds: list[dict[str, float]] = []
-        self._images = 0
 
     def batches(self, prompts: PromptBatches) -> "RolloutLoader":
         """Each batch of prompts is one round: sampled when it is asked for, then served as micro-batches."""
@@ -118,9 +117,7 @@ class DDPO(PolicyTraining):
         log_ratio = log_prob_of(batch.next_latents, transition) - batch.log_prob
         loss = (batch.weight * clipped_surrogate(log_ratio, batch.advantage, self.clip_range)).mean()
         if self.kl_weight:
-            with torch.no_grad(), self.policy.reference():
-                reference = self.sampler.transition(self.policy, batch.latents, batch.step, conditioning)
-            kl = gaussian_kl(transition.mean, reference.mean, transition.std)
+            kl = self.kl_to_reference(transition, batch.latents, batch.step, conditioning)
             loss = loss + self.kl_weight * (batch.weight * kl).mean()
         ratio = log_ratio.detach().exp()
         clipped = ((ratio - 1).abs() > self.clip_range).float().mean()
@@ -130,16 +127,16 @@ class DDPO(PolicyTraining):
 
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's clock."""
-        self._rounds, self._images, self._started = [], 0, time.monotonic()
+        super().on_train_epoch_start()
+        self._rounds = []
 
     def on_train_epoch_end(self) -> None:
         """Logs what the epoch's rounds gave, and where its time went."""
-        seconds = time.monotonic() - self._started
+        super().on_train_epoch_end()
         values = {name: sum(values[name] for values in self._rounds) / len(self._rounds) for name in self._rounds[0]}
         rolling = (values["train/seconds_sampling"] + values["train/seconds_reward"]) * len(self._rounds)
-        values["train/seconds_training"] = (seconds - rolling) / len(self._rounds)
+        values["train/seconds_training"] = (self.epoch_seconds() - rolling) / len(self._rounds)
         self.log_dict(values, sync_dist=True)
-        self.log("train/images_per_second", self._images * self.trainer.world_size / seconds)
 
     @torch.no_grad()
     def rollout(self, batch: PromptBatch, *position: int) -> Rollout:
@@ -164,8 +161,8 @@ class DDPO(PolicyTraining):
         )
         advantages = group_advantages(scores, prompt, self.advantage_clip)
         pairs = self._pairs(latents, torch.cat([part.log_probs for part in parts]), advantages, prompt, generator)
-        kl = self._kl_to_reference(pairs, conditioning)
-        self._images += len(scores)
+        kl = self._kl_on_a_few(pairs, conditioning)
+        self.images += len(scores)
         self._rounds.append(
             {
                 "train/reward": scores.mean().item(),
@@ -197,14 +194,12 @@ class DDPO(PolicyTraining):
             prompt=prompt[rows],
         )
 
-    def _kl_to_reference(self, pairs: StepBatch, conditioning: Conditioning) -> Tensor:
-        """KL of a step to the reference's, on a few pairs spread over the round."""
+    def _kl_on_a_few(self, pairs: StepBatch, conditioning: Conditioning) -> Tensor:
+        """Mean KL of a step to the reference's, on a few pairs spread over the round."""
         rows = torch.linspace(0, len(pairs.step) - 1, min(_KL_PROBE, len(pairs.step))).long().to(pairs.step.device)
-        arguments = (pairs.latents[rows], pairs.step[rows], take(conditioning, pairs.prompt[rows]))
-        policy = self.sampler.transition(self.policy, *arguments)
-        with self.policy.reference():
-            reference = self.sampler.transition(self.policy, *arguments)
-        return gaussian_kl(policy.mean, reference.mean, policy.std).mean()
+        latents, step, few = pairs.latents[rows], pairs.step[rows], take(conditioning, pairs.prompt[rows])
+        transition = self.sampler.transition(self.policy, latents, step, few)
+        return self.kl_to_reference(transition, latents, step, few).mean()
 
 
 class RolloutLoader:

@@ -65,14 +65,18 @@ class ReFL(PolicyTraining):
         generator = self.generator(self.current_epoch, batch_idx)
         stop = self.stops[int(torch.randint(len(self.stops), (1,), generator=generator))]
         conditioning = self.policy.encode(batch.prompts)
-        latents = self.sampler.predict_x0(self.policy, conditioning, stop, generator)
-        scores = self.score(self.policy.decode(latents), batch.prompts)
+        latents = self.sampler.sample(self.policy, conditioning, generator, until=stop)
+        step = torch.full((len(latents),), stop, device=latents.device)
+        transition = self.sampler.transition(self.policy, latents, step, conditioning)
+        scores = self.score(self.policy.decode(transition.x0), batch.prompts)
         loss = self.reward_weight * hinge_reward_loss(scores, self.target)
         if self.pretrain_weight:
             loss = loss + self.pretrain_weight * self._pretrain_loss(batch, generator)
-        size = len(batch.prompts)
-        self.log("train/reward", scores.mean(), on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=size, sync_dist=True)
+        values = {"train/reward": scores.mean(), "train/loss": loss}
+        if transition.std.all():  # a deterministic step has no density, so no KL
+            values["train/kl"] = self.kl_to_reference(transition, latents, step, conditioning).mean()
+        self.images += len(scores)
+        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(scores), sync_dist=True)
         return loss
 
     def _pretrain_loss(self, batch: PromptBatch, generator: torch.Generator) -> Tensor:

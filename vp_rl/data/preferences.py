@@ -14,9 +14,10 @@ from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
-from vp_rl.types import ASPECTS, Aspect, PreferenceBatch, Split
+from vp_rl.types import ASPECTS, Aspect, Images, PreferenceBatch, Split
 from vp_rl.visionprefer import schema
 from vp_rl.visionprefer.build import Builder
 from vp_rl.visionprefer.pairs import RULES, pairs
@@ -40,6 +41,8 @@ class PreferenceDataModule(lightning.LightningDataModule):
         batch_size: prompts of each device in a batch.
         aspects: how ratings become pairs: `pooled`, `mean` or one aspect (see `visionprefer.pairs`).
         builder: makes the dataset if the folder is absent; None if it must be there.
+        shift: training images are moved by up to so many pixels each way, their edges repeated. A small set is learnt
+            by heart without it. 0: they are not.
         num_workers: processes that decode images.
         seed: of the order of training.
 
@@ -53,6 +56,7 @@ class PreferenceDataModule(lightning.LightningDataModule):
         batch_size: int = 16,
         aspects: str = "pooled",
         builder: Builder | None = None,
+        shift: int = 0,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
@@ -60,7 +64,7 @@ class PreferenceDataModule(lightning.LightningDataModule):
         if aspects not in RULES:
             raise ValueError(f"data.aspects={aspects!r} is unknown: choose from {', '.join(RULES)}.")
         self._folder, self._batch_size, self._rule = Path(folder), batch_size, aspects
-        self._builder, self._num_workers, self._seed = builder, num_workers, seed
+        self._builder, self._shift, self._num_workers, self._seed = builder, shift, num_workers, seed
 
     def prepare_data(self) -> None:
         """Builds the dataset where there is none; one process of a machine does.
@@ -113,7 +117,7 @@ class PreferenceDataModule(lightning.LightningDataModule):
             self._batch_size,
             sampler=sampler,
             num_workers=self._num_workers,
-            collate_fn=Collate(self._rule),
+            collate_fn=Collate(self._rule, self._shift if shuffle else 0),
             persistent_workers=self._num_workers > 0,
         )
 
@@ -126,10 +130,11 @@ class Collate:
 
     Args:
         rule: see `visionprefer.pairs`.
+        shift: see `PreferenceDataModule`.
     """
 
-    def __init__(self, rule: str) -> None:
-        self._rule = rule
+    def __init__(self, rule: str, shift: int = 0) -> None:
+        self._rule, self._shift = rule, shift
 
     def __call__(self, rated: Sequence[RatedPrompt]) -> PreferenceBatch:
         """Images of several sizes are cropped and scaled to the smallest width and height among them."""
@@ -143,14 +148,27 @@ class Collate:
         better, worse, aspects = torch.tensor(found, dtype=torch.int64).reshape(-1, 3).unbind(1)
         columns = [torch.tensor([rating for each in rated for rating in each.ratings[aspect]]) for aspect in ASPECTS]
         pixels = decode([png for each in rated for png in each.images])
+        images = rearrange(torch.from_numpy(pixels), "b h w c -> b c h w").float() / 255
+        # From what the batch is made of, which is new in every epoch and the same in a resumed run.
+        seed = zlib.crc32("|".join(each.prompt for each in rated).encode())
         return PreferenceBatch(
             prompts=[each.prompt for each in rated for _ in each.images],
-            images=rearrange(torch.from_numpy(pixels), "b h w c -> b c h w").float() / 255,
+            images=shifted(images, self._shift, seed),
             ratings=torch.stack(columns, 1),
             better=better,
             worse=worse,
             aspects=aspects,
         )
+
+
+def shifted(images: Images, most: int, seed: int) -> Images:
+    """Each image moved by up to `most` pixels in both directions, its edges repeated."""
+    if not most:
+        return images
+    height, width = images.shape[-2:]
+    padded = F.pad(images, (most,) * 4, mode="replicate")
+    offsets = torch.randint(2 * most + 1, (len(images), 2), generator=torch.Generator().manual_seed(seed)).tolist()
+    return torch.stack([each[:, y : y + height, x : x + width] for each, (y, x) in zip(padded, offsets, strict=True)])
 
 
 def decode(encoded: Sequence[bytes]) -> UInt8[np.ndarray, "batch height width 3"]:

@@ -195,7 +195,7 @@ def load_pipeline(
         raise ValueError(f"policy.path={path!r} holds a {family}; this policy reads Stable Diffusion 1.x and 2.x.")
     pipeline = StableDiffusionPipeline.from_pretrained(
         source,
-        torch_dtype=dtype,
+        dtype=dtype,
         use_safetensors=True,
         safety_checker=None,
         requires_safety_checker=False,

@@ -1,0 +1,286 @@
+"""The command line: what it refuses and how it says so, what a run leaves behind, and that it can be interrupted."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = sorted(file.stem for file in (ROOT / "conf" / "experiment").glob("*.yaml"))
+REWARD = "reward.checkpoint=tiny-blip"  # there whatever has been trained
+TINY = (
+    "algorithm.images_per_prompt=4",
+    "data.batch_size=2",
+    "sampler.steps=3",
+    "evaluation.limit=6",
+    "trainer=cpu",
+    REWARD,
+)
+DDPO = ("experiment=ddpo_vpscore", *TINY)
+
+
+def start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "train.py", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Exit status of `python train.py`, and what it says."""
+    process = start(*arguments)
+    text, _ = process.communicate(timeout=600)
+    return process.returncode, text
+
+
+def train(folder: Path, *arguments: str) -> Path:
+    """A run that must succeed, in its folder."""
+    code, text = run(*arguments, f"hydra.run.dir={folder}")
+    assert code == 0, text
+    return folder
+
+
+# --- refusals
+
+TEXT = "pyproject.toml"  # a text file
+UNCAUGHT = "ends in a traceback"
+REFUSED = {
+    "experiment=typo": r"'experiment/typo'",
+    "experiment=ddpo_vpscore policy.path=/nonexistent": r"^error: policy\.path='/nonexistent' is neither .*'tiny-sd'",
+    f"experiment=ddpo_vpscore reward.checkpoint={TEXT}": rf"^error: reward\.checkpoint='{TEXT}' is a file; it must be",
+    "experiment=ddpo_vpscore algorithm.clip_rnge=1": r"Could not override 'algorithm\.clip_rnge'",
+    f"experiment=ddpo_vpscore resume=/nonexistent.ckpt {REWARD}": r"^error: resume='/nonexistent\.ckpt'.* no such",
+    "data.batch_size=0": r"^error: data\.batch_size=0 must be at least 1\.$",
+    "prompts=file prompts.path=/nonexistent": r"^error: No prompt file at '/nonexistent'",
+    f"experiment=ddpo_vpscore sampler.eta=0 {REWARD}": r"^error: No sampling step .*raise sampler\.eta\.$",
+}
+NOT_YET = {
+    f"resume={TEXT} trainer=cpu evaluation.limit=1 {REWARD}": (r"^error: .*resume='pyproject\.toml'", UNCAUGHT),
+    "prompts=file": (r"^error: .*prompts\.path", UNCAUGHT),
+    f"algorithm.train_batch=0 trainer=cpu {REWARD}": (r"^error: .*algorithm\.train_batch=0", UNCAUGHT),
+    f"algorithm=reward_model trainer=cpu {REWARD}": (r"^error: .*data=preferences", UNCAUGHT),
+    f"evaluation.split=tset {REWARD}": (r"^error: .*evaluation\.split='tset'", "says no more than 'tset'"),
+    "data.batch_size=abc": (r"^error: .*data\.batch_size='?abc", "says that '<' does not compare str and int"),
+}
+
+# Importing torch and what is built on it takes five seconds: the cases are children of one process that has done so.
+_TOGETHER = """
+import gc, os, runpy, sys
+import lightning, vp_rl.algorithms.ddpo, vp_rl.callbacks.held_out, vp_rl.data.prompts, vp_rl.policies.sd
+from hydra.core.plugins import Plugins
+Plugins.instance()
+gc.freeze()  # or each child would spend seconds on tidying up
+folder, *cases = sys.argv[1:]
+for number, case in enumerate(cases):
+    if (child := os.fork()) == 0:
+        output = os.open(f"{folder}/{number}.txt", os.O_WRONLY | os.O_CREAT)
+        os.dup2(output, 1), os.dup2(output, 2)
+        sys.argv = ["train.py", *case.split(), f"hydra.run.dir={folder}/{number}"]
+        runpy.run_path("train.py", run_name="__main__")
+        sys.exit()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    open(f"{folder}/{number}.code", "w").write(str(status))
+"""
+
+
+@pytest.fixture(scope="session")
+def refusals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Exit status of each command line, and what it says."""
+    folder, cases = tmp_path_factory.mktemp("refusals"), ["--help", *REFUSED, *NOT_YET]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", _TOGETHER, str(folder), *cases], cwd=ROOT, env=environment, check=True)
+    return {
+        case: (int((folder / f"{number}.code").read_text()), (folder / f"{number}.txt").read_text())
+        for number, case in enumerate(cases)
+    }
+
+
+def check_refusal(code: int, text: str, said: str) -> None:
+    """One message that a user can act on."""
+    assert code == 1, text
+    assert "Traceback" not in text
+    assert re.search(said, text, re.MULTILINE), text
+    assert text.count("error:") <= 1
+    assert len([line for line in text.splitlines() if line.strip()]) <= 15
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_cannot_be_is_refused_in_one_message(refusals: dict[str, tuple[int, str]], case: str) -> None:
+    check_refusal(*refusals[case], REFUSED[case])
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.xfail(strict=True, reason=why)) for case, (_, why) in NOT_YET.items()]
+)
+def test_what_cannot_be_is_refused_in_one_message_too(refusals: dict[str, tuple[int, str]], case: str) -> None:
+    check_refusal(*refusals[case], NOT_YET[case][0])
+
+
+def test_a_mistyped_experiment_is_answered_with_those_there_are(refusals: dict[str, tuple[int, str]]) -> None:
+    lines = refusals["experiment=typo"][1].split()
+    assert set(EXPERIMENTS) <= set(lines)
+
+
+def test_help_says_which_experiments_there_are_and_how_to_run_them(refusals: dict[str, tuple[int, str]]) -> None:
+    code, text = refusals["--help"]
+    assert code == 0
+    assert "Traceback" not in text
+    for experiment in EXPERIMENTS:
+        assert f"python train.py experiment={experiment}" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(REFUSED)[:4])
+def test_a_process_of_its_own_refuses_in_the_same_words(case: str, tmp_path: Path) -> None:
+    check_refusal(*run(*case.split(), f"hydra.run.dir={tmp_path}"), REFUSED[case])
+
+
+# --- runs
+
+
+def adapter(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
+
+
+def is_equal(first: Path, second: Path) -> bool:
+    """Whether two runs ended with the same adapter, bit by bit."""
+    one, other = adapter(first), adapter(second)
+    assert one.keys() == other.keys()
+    return all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+def epochs(folder: Path) -> list[int]:
+    """The epochs whose training metrics are in the table, counted from 0."""
+    with (folder / "metrics.csv").open() as file:
+        return [int(row["epoch"]) for row in csv.DictReader(file) if row["train/reward"]]
+
+
+def trained(folder: Path, of: int) -> list[int]:
+    """The epochs that a run of so many said it had trained, counted from 1; interrupted runs add to the same log."""
+    return [int(number) for number in re.findall(rf"epoch (\d+)/{of} ", (folder / "train.log").read_text())]
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An unbroken run of two epochs."""
+    return train(tmp_path_factory.mktemp("whole") / "run", *DDPO, "trainer.max_epochs=2")
+
+
+def check_run_folder(folder: Path) -> None:
+    left = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    expected = {"report.html", "adapter/pytorch_lora_weights.safetensors", "metrics.csv", "summary.json"}
+    assert expected | {"checkpoints/last.ckpt", ".hydra/config.yaml", ".hydra/overrides.yaml"} <= left
+    assert any(file.startswith("samples/") and file.endswith(".png") for file in left)
+    assert epochs(folder) == [0, 1]
+    assert json.loads((folder / "summary.json").read_text())["epochs"] == 2
+    assert (folder / "report.html").stat().st_size > 10_000
+    assert any(tensor.any() for name, tensor in adapter(folder).items() if "up" in name or "lora_B" in name)
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["global_step"] >= 2
+    assert all("lora" in name for name in checkpoint["state_dict"])
+
+
+@pytest.mark.slow
+def test_a_run_leaves_everything_that_is_taken_from_it(whole: Path) -> None:
+    check_run_folder(whole)
+
+
+@pytest.mark.slow
+def test_a_run_by_the_rewards_gradient_leaves_the_same(tmp_path: Path) -> None:
+    settings = [setting for setting in TINY if not setting.startswith("algorithm.")]
+    check_run_folder(train(tmp_path / "run", "experiment=refl_vpscore", *settings, "trainer.max_epochs=2"))
+
+
+@pytest.fixture(scope="session")
+def resumed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A run that stopped after one epoch of two and went on: its folder, and a copy of it as it was at the stop."""
+    folder = tmp_path_factory.mktemp("resumed")
+    train(folder / "run", *DDPO, "trainer.max_epochs=1")
+    subprocess.run(["cp", "-r", folder / "run", folder / "stopped"], check=True)
+    train(folder / "run", *DDPO, "trainer.max_epochs=2", "resume=auto")
+    return folder / "run", folder / "stopped"
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_with_the_adapter_of_an_unbroken_one(whole: Path, resumed: tuple[Path, Path]) -> None:
+    run, stopped = resumed
+    assert is_equal(run, whole)
+    assert not is_equal(stopped, whole)
+    assert trained(whole, 2) == [1, 2]
+    assert trained(run, 2) == [2]  # it did not begin anew
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_another_folder_from_the_checkpoint_it_is_given(
+    whole: Path, resumed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    checkpoint = resumed[1] / "checkpoints" / "last.ckpt"
+    assert is_equal(train(tmp_path / "run", *DDPO, "trainer.max_epochs=2", f"resume={checkpoint}"), whole)
+    assert trained(tmp_path / "run", 2) == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="Lightning's CSVLogger removes the table of the epochs before")
+def test_a_resumed_run_keeps_the_metrics_of_the_epochs_before(resumed: tuple[Path, Path]) -> None:
+    assert epochs(resumed[0]) == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_and_resumed_ends_where_an_unbroken_one_does(tmp_path: Path) -> None:
+    settings = (*DDPO, "trainer.max_epochs=8", "callbacks.checkpoint.every_n_epochs=1")
+    process = start(*settings, f"hydra.run.dir={tmp_path / 'killed'}")
+    checkpoint = tmp_path / "killed" / "checkpoints" / "last.ckpt"
+    deadline = time.monotonic() + 300
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)  # into a later epoch
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "summary.json").exists()
+    reached = torch.load(checkpoint, weights_only=True)["epoch"]
+    assert reached < 7
+    train(tmp_path / "killed", *settings, "resume=auto")
+    assert trained(tmp_path / "killed", 8).count(1) == 1  # it did not begin anew
+    assert max(trained(tmp_path / "killed", 8)) == 8
+    assert is_equal(tmp_path / "killed", train(tmp_path / "whole", *settings))
+
+
+@pytest.mark.slow
+def test_a_sweep_leaves_one_table_with_a_row_for_each_run(tmp_path: Path) -> None:
+    code, text = run(
+        "-m", *DDPO, "trainer.max_epochs=1", "optimizer.lr=1e-4,3e-3", f"hydra.sweep.dir={tmp_path / 'sweep'}"
+    )
+    assert code == 0, text
+    header, rule, *rows = (tmp_path / "sweep" / "results.md").read_text().splitlines()
+    cells = [dict(zip(header.split(" | "), row.split(" | "), strict=True)) for row in rows]
+    assert set(rule) <= set("| -")
+    assert [float(row["optimizer.lr"]) for row in cells] == [1e-4, 3e-3]
+    assert all(re.fullmatch(r"[\d.]+ \([+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]\)", row["mean_rating"]) for row in cells)
+    for number in ("0", "1"):
+        assert (tmp_path / "sweep" / number / "report.html").is_file()
+    assert not is_equal(tmp_path / "sweep" / "0", tmp_path / "sweep" / "1")
+
+
+@pytest.mark.slow
+def test_a_reward_model_is_trained_and_then_trains_a_policy(tmp_path: Path) -> None:
+    folder = train(
+        tmp_path / "reward",
+        "experiment=vpscore",
+        "trainer=cpu",
+        "trainer.max_epochs=2",
+        f"data.folder={tmp_path / 'visionprefer'}",
+        "prompts.train=32",
+        "prompts.validation=8",
+        "prompts.test=8",
+    )
+    assert "VP-Score" in (folder / "accuracy.md").read_text()
+    reward = f"reward.checkpoint={folder / 'vp_score'}"
+    check_run_folder(train(tmp_path / "policy", *DDPO, reward, "trainer.max_epochs=2"))
