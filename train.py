@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hydra.errors import InstantiationException
 from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 log = logging.getLogger("vp_rl")
 
@@ -31,8 +33,8 @@ def main(config: DictConfig) -> float | None:
     try:
         return run(config)
     except InstantiationException as error:
-        _stop(error.__cause__ or error)
-    except (ValueError, OSError) as error:
+        _stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError) else error)
+    except (ValueError, OSError, OmegaConfBaseException) as error:
         _stop(error)
 
 
@@ -71,6 +73,7 @@ def _checkpoint(resume: str | None, folder: Path) -> str | None:
 
     Raises:
         FileNotFoundError: there is none where `resume` says.
+        ValueError: that file is no checkpoint, or a truncated one.
     """
     if resume is None:
         return None
@@ -79,6 +82,10 @@ def _checkpoint(resume: str | None, folder: Path) -> str | None:
         if resume == "auto":
             return None
         raise FileNotFoundError(f"resume={resume!r}: there is no such checkpoint. Runs keep theirs in checkpoints/.")
+    if not zipfile.is_zipfile(path):  # what torch.save writes, closed properly
+        raise ValueError(
+            f"resume={resume!r}: {path} is no checkpoint, or a truncated one. Give another of checkpoints/."
+        )
     return str(path)
 
 

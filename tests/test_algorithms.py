@@ -127,6 +127,15 @@ def test_refl_refuses_a_reward_without_gradients() -> None:
         ReFL(LinearPolicy(), BlackBox(), NOISY, torch.optim.Adam)
 
 
+@pytest.mark.parametrize("make", [ddpo, refl])
+def test_the_distance_to_the_reference_is_zero_until_the_policy_moves(make) -> None:  # noqa: ANN001
+    still = fit(make(LinearPolicy(), lr=0.0)).callback_metrics
+    moved = fit(make(LinearPolicy(), lr=0.1), epochs=2).callback_metrics
+    assert still["train/kl"].item() == pytest.approx(0, abs=1e-9)
+    assert moved["train/kl"].item() > 1e-4
+    assert moved["train/images_per_second"].item() > 0
+
+
 def test_refl_stops_inside_its_window() -> None:
     def stops(steps: int, window: tuple[float, float]) -> list[int]:
         sampler = Sampler(steps=steps, guidance=1.0, eta=1.0)

@@ -90,6 +90,10 @@ class DDPO(PolicyTraining):
         super().__init__(policy, reward, sampler, optimizer, seed)
         if images_per_prompt < 2:
             raise ValueError("algorithm.images_per_prompt must be at least 2: a single image has nothing to beat.")
+        sizes = {"sample_batch": sample_batch, "train_batch": train_batch, "inner_epochs": inner_epochs}
+        for name, size in sizes.items():
+            if size < 1:
+                raise ValueError(f"algorithm.{name}={size} must be at least 1.")
         if not 0 < timestep_fraction <= 1:
             raise ValueError(f"algorithm.timestep_fraction={timestep_fraction} must be in (0, 1].")
         self.images_per_prompt, self.sample_batch, self.train_batch = images_per_prompt, sample_batch, train_batch

@@ -1,12 +1,32 @@
-"""Images to the experiment trackers that can show them."""
+"""Experiment trackers: a table of metrics that survives a resumed run, and images where they can be shown."""
 
+import csv
 from collections.abc import Iterable
+from pathlib import Path
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
 from vp_rl.evaluation.grid import grid
 from vp_rl.evaluation.images import Evaluation
+
+
+class MetricsTable(CSVLogger):
+    """Lightning's CSV logger, which removes the table of the epochs before when a run is resumed; this one goes on."""
+
+    @property
+    def experiment(self) -> ExperimentWriter:
+        """The writer, started with what is in the file already."""
+        table = Path(self.log_dir) / "metrics.csv"
+        starts = self._experiment is None and rank_zero_only.rank == 0
+        before = table.read_text(encoding="utf-8") if starts and table.is_file() else ""
+        writer = super().experiment
+        if before:
+            table.write_text(before, encoding="utf-8")
+            writer.metrics_keys = next(csv.reader(before.splitlines()))
+        return writer
 
 
 def send_images(loggers: Iterable[Logger], base: Evaluation, now: Evaluation, step: int) -> None:

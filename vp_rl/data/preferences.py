@@ -222,6 +222,8 @@ def ratings_of(row: schema.Row) -> dict[Aspect, list[int]]:
 def best_images(folder: Path, split: Split) -> list[tuple[str, UInt8[Tensor, "3 height width"]]]:
     """Each prompt with the one of its images that has the highest mean rating, all of one size, 0 to 255."""
     rated = rated_prompts(folder, split)
+    if not rated:
+        raise ValueError(f"The VisionPrefer dataset in '{folder}' has no prompt in its {split} split.")
     chosen = []
     for each in rated:
         totals = [sum(each.ratings[aspect][image] for aspect in ASPECTS) for image in range(len(each.images))]

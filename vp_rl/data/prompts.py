@@ -53,6 +53,8 @@ class PromptDataModule(lightning.LightningDataModule):
             ("batches_per_epoch", batches_per_epoch),
             ("images_per_batch", images_per_batch),
         ):
+            if not isinstance(value, int):
+                raise ValueError(f"data.{name}={value!r} must be a whole number.")
             if value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1.")
         self._source, self._batch_size, self._batches, self._seed = prompts, batch_size, batches_per_epoch, seed
@@ -60,7 +62,6 @@ class PromptDataModule(lightning.LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Reads the prompts, and the images where they are asked for."""
-        # A prompt twice in a batch would be one group of images to DDPO and two to a reader.
         self._prompts = list(dict.fromkeys(self._source.split("train")))
         assert self.trainer is not None
         together = self._batch_size * self.trainer.world_size
@@ -76,7 +77,11 @@ class PromptDataModule(lightning.LightningDataModule):
         """What the algorithm makes of an epoch's prompts."""
         assert self.trainer is not None
         algorithm = self.trainer.lightning_module
-        assert isinstance(algorithm, TrainsOnPrompts)
+        if not isinstance(algorithm, TrainsOnPrompts):
+            raise ValueError(
+                f"{type(algorithm).__name__} does not train on prompts: choose data=preferences for a reward model "
+                "(experiment=vpscore does), or algorithm=ddpo or refl."
+            )
         shares = self.trainer.global_rank, self.trainer.world_size
         streams = [
             Stream(len(items), size, f"{self._seed}/{name}", *shares) if items else None

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import get_args
 
 import numpy as np
 import torch
@@ -89,6 +90,8 @@ class Evaluator:
         seeds: Iterable[int] = (0,),
         batch_size: int = 64,
     ) -> None:
+        if split not in get_args(Split):
+            raise ValueError(f"evaluation.split={split!r} is unknown: choose from {', '.join(get_args(Split))}.")
         # Each prompt once: prompts are what intervals resample, so a repeated one would count as new evidence.
         self.prompts = list(dict.fromkeys(prompts.split(split)))[:limit]
         self.seeds = tuple(seeds)

@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils import convert_unet_state_dict_to_peft
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
 from torch import Tensor
 
 from vp_rl.interfaces import Policy
@@ -65,9 +66,9 @@ class StableDiffusion(Policy):
         self._add_adapter(lora)
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        size = resolution or self.unet.config.sample_size * pipeline.vae_scale_factor
-        if size % pipeline.vae_scale_factor:
-            raise ValueError(f"policy.resolution={size} must be a multiple of {pipeline.vae_scale_factor}.")
+        size = self.unet.config.sample_size * pipeline.vae_scale_factor if resolution is None else resolution
+        if size < 1 or size % pipeline.vae_scale_factor:
+            raise ValueError(f"policy.resolution={size} must be a multiple of {pipeline.vae_scale_factor} pixels.")
         self._latent_shape = (self.unet.config.in_channels, *[size // pipeline.vae_scale_factor] * 2)
         self.register_buffer("_negative", self.encode([negative_prompt])["text"], persistent=False)
 
@@ -138,10 +139,13 @@ class StableDiffusion(Policy):
             self.unet.enable_adapters()
 
     def save_adapter(self, directory: Path) -> None:
-        """`pytorch_lora_weights.safetensors` in diffusers' names, with the settings needed to scale it right."""
+        """`pytorch_lora_weights.safetensors` as diffusers reads it, with the settings needed to scale it right.
+
+        PEFT's names for all layers: diffusers' older ones exist for attention only, and mixed files load in part.
+        """
         StableDiffusionPipeline.save_lora_weights(
             directory,
-            unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet)),
+            unet_lora_layers=get_peft_model_state_dict(self.unet),
             unet_lora_adapter_metadata=self._lora_metadata(),
         )
 
@@ -189,19 +193,24 @@ def load_pipeline(
     source = str(folder) if folder.is_dir() else path
     try:
         family = DiffusionPipeline.load_config(source, revision=revision).get("_class_name")
-    except (OSError, json.JSONDecodeError) as error:
+    except (OSError, json.JSONDecodeError, AttributeError) as error:
         raise FileNotFoundError(f"policy.path={path!r} could not be read as a diffusers pipeline: {error}") from error
     if family != "StableDiffusionPipeline":
         raise ValueError(f"policy.path={path!r} holds a {family}; this policy reads Stable Diffusion 1.x and 2.x.")
-    pipeline = StableDiffusionPipeline.from_pretrained(
-        source,
-        dtype=dtype,
-        use_safetensors=True,
-        safety_checker=None,
-        requires_safety_checker=False,
-        revision=revision,
-        variant=variant,
-    )
+    try:
+        pipeline = StableDiffusionPipeline.from_pretrained(
+            source,
+            dtype=dtype,
+            use_safetensors=True,
+            safety_checker=None,
+            requires_safety_checker=False,
+            revision=revision,
+            variant=variant,
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"policy.path={path!r} could not be loaded as a diffusers pipeline: {error}") from error
+    if pipeline.tokenizer.model_max_length > 10_000:  # what transformers takes where a folder has no tokenizer in it
+        raise ValueError(f"policy.path={path!r} has no usable tokenizer: its files are missing or incomplete.")
     for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
         module.eval()
     return pipeline
