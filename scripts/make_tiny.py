@@ -109,15 +109,8 @@ def train_sd(
     The loss on the predicted noise is weighted by 1 / a_t up to 8, as v-prediction's is: unweighted, the noisy steps
     that decide the layout hardly count, and relations are learnt last.
     """
-    pool, rng = scenes("train", images, seed + 2), random.Random(seed + 2)
-    chunks = []
-    with torch.no_grad():
-        for first in range(0, images, 250):
-            chunks.append(vae.encode(renders(pool[first : first + 250], rng)).latent_dist.mean)
-    latents = torch.cat(chunks)
-    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    latents = latents * vae.config.scaling_factor
-    print(f"cached {images} latents, scaling factor {vae.config.scaling_factor}", flush=True)
+    pool = scenes("train", images, seed + 2)
+    latents = cached_latents(vae, pool, seed)
     tokenizer = make_tokenizer()
     tokens = _tokenize(tokenizer, [scene.prompt for scene in pool])
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
@@ -159,6 +152,19 @@ def train_sd(
             averages.copy_to(models.parameters())
             _save(out, vae, text_encoder, tokenizer, unet, scheduler)
             averages.restore(models.parameters())
+
+
+@torch.no_grad()
+def cached_latents(vae: AutoencoderKL, pool: list[Scene], seed: int) -> Tensor:
+    """Scaled latents of a render of each scene; sets the VAE's scaling factor."""
+    rng = random.Random(seed + 2)
+    chunks = [
+        vae.encode(renders(pool[first : first + 250], rng)).latent_dist.mean for first in range(0, len(pool), 250)
+    ]
+    latents = torch.cat(chunks)
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    print(f"cached {len(pool)} latents, scaling factor {vae.config.scaling_factor}", flush=True)
+    return latents * vae.config.scaling_factor
 
 
 def _save(out: Path, vae, text_encoder, tokenizer, unet, scheduler) -> None:  # noqa: ANN001

@@ -21,6 +21,7 @@ MODULES = sorted(
     for file in (ROOT / "vp_rl").rglob("*.py")
 )
 MAX_FILE, MAX_FUNCTION = 350, 60  # lines; the aim is 250 and 40
+MAX_TESTS = 600  # lines of a test file: one a module, and laws of one thing belong together
 
 
 def relative(file: Path) -> str:
@@ -105,7 +106,7 @@ def test_packages_of_extras_are_outside_the_core() -> None:
 @pytest.mark.parametrize("file", SOURCES, ids=relative)
 def test_files_and_functions_are_short(file: Path) -> None:
     text = file.read_text()
-    assert len(text.splitlines()) <= MAX_FILE
+    assert len(text.splitlines()) <= (MAX_TESTS if file.is_relative_to(ROOT / "tests") else MAX_FILE)
     functions = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
     long = {f.name: lines for f in functions if (lines := (f.end_lineno or 0) - f.lineno + 1) > MAX_FUNCTION}
     assert not long, f"longer than {MAX_FUNCTION} lines: {long}"

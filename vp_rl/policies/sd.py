@@ -24,6 +24,7 @@ from vp_rl.types import Conditioning, Images, Latents
 
 log = logging.getLogger(__name__)
 
+_ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -158,9 +159,12 @@ class StableDiffusion(Policy):
         """Reads what `save_adapter` wrote.
 
         Raises:
+            FileNotFoundError: there is no adapter in the folder.
             ValueError: the folder's adapter has other layers or another rank than this policy's.
         """
-        state, _ = StableDiffusionPipeline.lora_state_dict(directory, use_safetensors=True)
+        if not (directory / _ADAPTER_FILE).is_file():
+            raise FileNotFoundError(f"There is no {_ADAPTER_FILE} in '{directory}'; runs write theirs to adapter/.")
+        state, _ = StableDiffusionPipeline.lora_state_dict(directory, weight_name=_ADAPTER_FILE, use_safetensors=True)
         prefix = "unet."
         state = convert_unet_state_dict_to_peft({key.removeprefix(prefix): value for key, value in state.items()})
         expected = get_peft_model_state_dict(self.unet)

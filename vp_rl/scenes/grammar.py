@@ -97,6 +97,8 @@ def _parse_thing(text: str, prompt: str) -> Thing:
             "The scene judge reads only those: choose another annotator for other prompts."
         )
     count = next(number for number, word in COUNTS.items() if word == match[1])
+    if bool(match[5]) != (count > 1):
+        raise ValueError(f"{prompt[:200]!r} is not a prompt of the embedded world: {text!r} mixes one and several.")
     return Thing(color=match[3], shape=match[4], size=match[2], count=count)
 
 
