@@ -40,15 +40,41 @@ def test_ddpo_finds_the_optimum_of_a_linear_gaussian_policy() -> None:
     torch.testing.assert_close(mean_image(policy), TARGET, rtol=0, atol=0.06)
 
 
+def test_ddpo_with_branches_finds_the_optimum_of_a_linear_gaussian_policy() -> None:
+    policy = LinearPolicy()
+    fit(ddpo(policy, branch=(0.0, 0.8)), epochs=150)
+    still = Sampler(steps=5, guidance=1.0, eta=0.0)
+    latents = still.sample(policy, policy.encode(["a"] * 4096), torch.Generator().manual_seed(1))
+    # A quadratic reward has its optimum at the target for any sampler of zero-mean noise.
+    torch.testing.assert_close(latents.mean((0, 2, 3)), TARGET, rtol=0, atol=0.06)
+
+
+def test_branches_train_one_step_of_the_window_a_round() -> None:
+    algorithm, seen = ddpo(LinearPolicy(), branch=(0.2, 0.6), train_batch=50), []
+    step = algorithm.training_step
+    algorithm.training_step = lambda batch, batch_idx: (seen.append(batch), step(batch, batch_idx))[1]  # type: ignore[method-assign]
+    fit(algorithm, epochs=12)
+    assert [tuple(batch.log_probs.shape) for batch in seen] == [(4, 16)] * 12  # a state for each prompt
+    assert [len(batch.step.unique()) for batch in seen] == [1] * 12
+    assert set(torch.cat([batch.step for batch in seen]).tolist()) == {1, 2}
+
+
+@pytest.mark.parametrize("branch", [(0.5, 0.2), (-0.1, 0.5), (0.5, 1.1)])
+def test_a_window_that_is_none_is_refused(branch: tuple[float, float]) -> None:
+    with pytest.raises(ValueError, match=r"algorithm\.branch=\("):
+        ddpo(LinearPolicy(), branch=branch)
+
+
 def test_refl_finds_the_optimum_of_a_linear_gaussian_policy() -> None:
     policy = LinearPolicy(gain=0.0)
     fit(refl(policy), epochs=150)
     torch.testing.assert_close(mean_image(policy), TARGET, rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("branch", [None, (0.0, 0.5)])
 @pytest.mark.parametrize("inner_epochs", [1, 2])
-def test_the_ratio_is_one_on_policy(inner_epochs: int) -> None:
-    trainer = fit(ddpo(LinearPolicy(), lr=0.0, inner_epochs=inner_epochs, train_batch=50))
+def test_the_ratio_is_one_on_policy(inner_epochs: int, branch: tuple[float, float] | None) -> None:
+    trainer = fit(ddpo(LinearPolicy(), lr=0.0, inner_epochs=inner_epochs, train_batch=50, branch=branch))
     assert trainer.callback_metrics["train/ratio"].item() == pytest.approx(1.0, abs=1e-6)
     assert trainer.callback_metrics["train/clip_fraction"].item() == 0
     assert trainer.callback_metrics["train/kl"].item() == pytest.approx(0.0, abs=1e-9)
@@ -96,7 +122,7 @@ def test_a_large_kl_weight_holds_the_policy_at_the_reference() -> None:
     assert held.bias.norm() < 0.1 * free.bias.norm()
 
 
-@pytest.mark.parametrize("make", [ddpo, refl])
+@pytest.mark.parametrize("make", [ddpo, partial(ddpo, branch=(0.0, 0.5)), refl])
 def test_a_run_resumed_from_a_checkpoint_ends_where_an_unbroken_one_does(make, tmp_path: Path) -> None:  # noqa: ANN001
     whole = LinearPolicy()
     fit(make(whole), epochs=6)

@@ -145,7 +145,7 @@ def test_the_policy_and_the_reward_are_built_once() -> None:
     [
         ("+algorithm.clip_rnge=1", "algorithm .*clip_rnge"),
         ("~algorithm.policy", "algorithm .*policy"),
-        ("+optimizer.rate=1", "optimizer .*rate"),
+        ("+algorithm.optimizer.rate=1", "optimizer .*rate"),
         ("+policy.lora.rank=4", "algorithm.policy.lora .*rank"),
         ("+trainer.epochs=4", "trainer .*epochs"),
         ("+data.size=4", "data .*size"),

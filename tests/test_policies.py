@@ -438,6 +438,14 @@ def test_an_adapter_is_loaded_as_it_was_saved(folder: Path, tmp_path: Path) -> N
     assert torch.equal(predict(second), predict(first))
 
 
+def test_an_adapter_that_would_be_scaled_otherwise_is_refused(folder: Path, tmp_path: Path) -> None:
+    other = lora()
+    other.lora_alpha *= 2
+    load(folder, lora=other).save_adapter(tmp_path)
+    with pytest.raises(ValueError, match=rf"count 0\.5 times.*policy\.lora\.lora_alpha={other.lora_alpha}"):
+        load(folder).load_adapter(tmp_path)
+
+
 @pytest.mark.parametrize("other", [lora(rank=8), lora(targets=("to_q",)), lora(targets=(*ATTENTION, "conv1"))])
 def test_an_adapter_of_other_settings_is_refused(folder: Path, tmp_path: Path, other: LoraConfig) -> None:
     load(folder, lora=other).save_adapter(tmp_path)

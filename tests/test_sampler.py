@@ -67,3 +67,33 @@ def test_sampling_leaves_no_graph() -> None:
     policy, sampler = LinearPolicy(), Sampler(steps=2, guidance=1.0, eta=1.0)
     trajectory = sampler.rollout(policy, policy.encode(["a"]))
     assert not any(tensor.requires_grad for tensor in trajectory)
+
+
+@pytest.mark.parametrize("step", [0, 2, 4])
+def test_branches_share_everything_but_one_step(step: int) -> None:
+    policy, sampler = LinearPolicy(gain=0.5), Sampler(steps=6, guidance=1.0, eta=1.0)
+    conditioning = policy.encode(["a", "b"])
+    branches = sampler.branch(policy, conditioning, step, 3, torch.Generator().manual_seed(0))
+    still = Sampler(steps=6, guidance=1.0, eta=0.0)
+    before = still.sample(policy, conditioning, torch.Generator().manual_seed(0), until=step)
+    assert torch.equal(branches.latents, before)
+    assert len(branches.next_latents.flatten(0, 1).unique(dim=0)) == 6
+    # The way on is deterministic: the finished latents follow from those after the step.
+    latents, everyone = branches.next_latents.flatten(0, 1), policy.encode(["a"] * 6)
+    for later in range(step + 1, 6):
+        latents = still.transition(policy, latents, torch.full((6,), later), everyone).mean
+    torch.testing.assert_close(branches.finished.flatten(0, 1), latents)
+    replayed = sampler.transition(policy, before, torch.full((2,), step), conditioning)
+    for draw in range(3):
+        log_prob = log_prob_of(branches.next_latents[:, draw], replayed)
+        torch.testing.assert_close(log_prob, branches.log_probs[:, draw], rtol=0, atol=1e-6)
+
+
+def test_branches_do_not_depend_on_how_many_are_finished_at_once() -> None:
+    policy, sampler = LinearPolicy(gain=0.5), Sampler(steps=6, guidance=1.0, eta=1.0)
+
+    def branch(batch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return sampler.branch(policy, policy.encode(["a", "b"]), 1, 3, generator, batch).finished
+
+    torch.testing.assert_close(branch(2), branch(64))

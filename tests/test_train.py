@@ -245,13 +245,13 @@ def test_a_run_that_is_killed_and_resumed_ends_where_an_unbroken_one_does(tmp_pa
 @pytest.mark.slow
 def test_a_sweep_leaves_one_table_with_a_row_for_each_run(tmp_path: Path) -> None:
     code, text = run(
-        "-m", *DDPO, "trainer.max_epochs=1", "optimizer.lr=1e-4,3e-3", f"hydra.sweep.dir={tmp_path / 'sweep'}"
+        "-m", *DDPO, "trainer.max_epochs=1", "algorithm.optimizer.lr=1e-4,3e-3", f"hydra.sweep.dir={tmp_path / 'sweep'}"
     )
     assert code == 0, text
     header, rule, *rows = (tmp_path / "sweep" / "results.md").read_text().splitlines()
     cells = [dict(zip(header.split(" | "), row.split(" | "), strict=True)) for row in rows]
     assert set(rule) <= set("| -")
-    assert [float(row["optimizer.lr"]) for row in cells] == [1e-4, 3e-3]
+    assert [float(row["algorithm.optimizer.lr"]) for row in cells] == [1e-4, 3e-3]
     assert all(re.fullmatch(r"[\d.]+ \([+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]\)", row["mean_rating"]) for row in cells)
     for number in ("0", "1"):
         assert (tmp_path / "sweep" / number / "report.html").is_file()

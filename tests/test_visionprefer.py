@@ -127,6 +127,13 @@ def test_a_prompt_file_that_is_absent_or_too_short_is_refused(
         FilePrompts(str(file), validation=3, test=5)
 
 
+def test_a_prompt_file_in_another_encoding_is_refused_by_name(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("café\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"prompts.txt is not a UTF-8 text file \(byte 3\)"):
+        FilePrompts(str(file))
+
+
 # --- generation
 
 PROMPTS = [f"prompt {i}" for i in range(7)]

@@ -1,11 +1,12 @@
 """From noise to images: one sampler serves every algorithm.
 
 `sample` makes images, or goes part of the way to them (ReFL); `rollout` keeps the whole trajectory with its
-log-probabilities (DDPO); `transition` is any one step, with gradients.
+log-probabilities (DDPO), `branch` one random step on an otherwise deterministic way (DDPO with `branch`);
+`transition` is any one step, with gradients.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vp_rl.functional import gaussian_log_prob, rows
 from vp_rl.interfaces import Policy
-from vp_rl.types import Conditioning, Latents, Steps, Trajectory, Transition
+from vp_rl.types import Branches, Conditioning, Latents, Steps, Trajectory, Transition, take
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -37,6 +38,16 @@ class Sampler:
         if self.steps < 1 or self.guidance < 0 or self.eta < 0:
             raise ValueError(f"A sampler needs steps >= 1, guidance >= 0 and eta >= 0; got {self}.")
 
+    def window(self, setting: str, low: float, high: float) -> range:
+        """The steps between two shares of all steps, at least one.
+
+        Raises:
+            ValueError: these are not rising shares; names the `setting` that gave them.
+        """
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"{setting}={(low, high)} must be two rising shares of the steps, in [0, 1].")
+        return range(min(int(low * self.steps), self.steps - 1), max(1, int(high * self.steps)))
+
     @torch.no_grad()
     def sample(
         self, policy: Policy, conditioning: Conditioning, generator: Generators = None, until: int | None = None
@@ -46,10 +57,7 @@ class Sampler:
         A generator for each row makes rows independent of batching.
         """
         latents = policy.noise(_batch(conditioning), generator)
-        for step in range(self.steps if until is None else until):
-            transition = self.transition(policy, latents, self._at(step, latents), conditioning)
-            latents = self._draw(transition, generator)
-        return latents
+        return self._walk(policy, latents, range(self.steps)[:until], conditioning, generator)
 
     @torch.no_grad()
     def rollout(self, policy: Policy, conditioning: Conditioning, generator: Generators = None) -> Trajectory:
@@ -64,11 +72,55 @@ class Sampler:
             stds.append(transition.std[0])
         return Trajectory(torch.stack(path, 1), torch.stack(log_probs, 1), torch.stack(stds))
 
+    @torch.no_grad()
+    def branch(
+        self,
+        policy: Policy,
+        conditioning: Conditioning,
+        step: int,
+        each: int,
+        generator: torch.Generator | None = None,
+        batch: int = 64,
+    ) -> Branches:
+        """`each` samples for each row of `conditioning` that part at `step` alone.
+
+        They share the starting noise and the deterministic way to `step`, draw their own noise there, and go on
+        without any, `batch` at a time. So whatever tells them apart is the doing of that one step.
+        """
+        still = replace(self, eta=0.0)
+        latents = still.sample(policy, conditioning, generator, until=step)
+        parting = repeat(self.transition(policy, latents, self._at(step, latents), conditioning), each)
+        after = self._draw(parting, generator)
+        row = torch.arange(len(latents), device=latents.device).repeat_interleave(each)
+        finished = [
+            still._walk(policy, chunk, range(step + 1, self.steps), take(conditioning, rows))
+            for chunk, rows in zip(after.split(batch), row.split(batch), strict=True)
+        ]
+        shape = (len(latents), each)
+        return Branches(
+            latents,
+            after.unflatten(0, shape),
+            log_prob_of(after, parting).unflatten(0, shape),
+            torch.cat(finished).unflatten(0, shape),
+        )
+
     def transition(self, policy: Policy, latents: Latents, step: Steps, conditioning: Conditioning) -> Transition:
         """The policy's Gaussian step from `latents`; rows may be at different steps. Gradients flow."""
         timestep = policy.process.timesteps(self.steps).to(latents.device)[step]
         output = policy.predict(latents, timestep, conditioning, self.guidance)
         return policy.process.transition(output, latents, step, self.steps, self.eta)
+
+    def _walk(
+        self,
+        policy: Policy,
+        latents: Latents,
+        steps: range,
+        conditioning: Conditioning,
+        generator: Generators = None,
+    ) -> Latents:
+        for step in steps:
+            latents = self._draw(self.transition(policy, latents, self._at(step, latents), conditioning), generator)
+        return latents
 
     @staticmethod
     def _at(step: int, latents: Latents) -> Steps:
@@ -81,6 +133,11 @@ class Sampler:
         several = isinstance(generator, Sequence)
         noise = randn_tensor(mean.shape, list(generator) if several else generator, mean.device, mean.dtype)
         return mean + rows(transition.std, mean) * noise
+
+
+def repeat(transition: Transition, each: int) -> Transition:
+    """Every row `each` times, for several draws from the same step."""
+    return Transition(*(tensor.repeat_interleave(each, 0) for tensor in transition))
 
 
 def log_prob_of(latents: Latents, transition: Transition) -> Float[Tensor, " batch"]:

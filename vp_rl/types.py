@@ -49,6 +49,18 @@ class Trajectory(NamedTuple):
     """Standard deviation of each step's transition; 0 at deterministic steps."""
 
 
+class Branches(NamedTuple):
+    """Samples that part at one random step; no gradients flow into it."""
+
+    latents: Latents
+    """Before that step, where they are still one."""
+    next_latents: Float[Tensor, "batch branches *latent"]
+    """After it."""
+    log_probs: Float[Tensor, "batch branches"]
+    """Log-density of the step, averaged over latent dimensions."""
+    finished: Float[Tensor, "batch branches *latent"]
+
+
 class Rating(NamedTuple):
     """What an annotator says of one image in one aspect."""
 

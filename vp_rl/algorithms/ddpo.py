@@ -6,10 +6,15 @@ ratio = p(x_next | x_t, prompt) / p_old(x_next | x_t, prompt), A the reward stan
 What differs from the published code (paper.md 3):
 1. Several images of each prompt are drawn in a round and standardised among themselves (as in GRPO), so no history of
    scores by prompt is kept.
-2. (sample, step) pairs are shuffled together and trained in micro-batches that fill the device, not step by step.
+2. States x_t of all samples and steps are shuffled together and trained in micro-batches that fill the device, not step
+   by step.
 3. w_t = std_t / mean std (noise-aware weighting, TempFlow-GRPO): the gradient of the log-density grows as 1 / std, so
    unweighted the last steps, which only touch fine detail, would dominate. `weight_by_std=false` is the published loss.
 4. An optional KL to the model without its adapter; the published code has none.
+5. `branch`: images of a prompt share all but one random step, drawn for each round from a window, and only that step is
+   trained (TempFlow-GRPO's branching, MixGRPO's window). What scores differ by is then the doing of the step that is
+   credited for it, the images have a deterministic sampler's quality, and as the steps of a prompt's images start from
+   one state, a round trains on as many states as it has prompts.
 """
 
 import math
@@ -24,30 +29,30 @@ from torch import Tensor
 from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining, PromptBatches
 from vp_rl.functional import clipped_surrogate, group_advantages
 from vp_rl.interfaces import Policy, Reward
-from vp_rl.sampler import Sampler, log_prob_of
-from vp_rl.types import Conditioning, PromptBatch, Steps, take
+from vp_rl.sampler import Sampler, log_prob_of, repeat
+from vp_rl.types import Conditioning, Latents, PromptBatch, Steps, take
 
-_KL_PROBE = 16  # pairs of a round on which the distance to the reference is measured; 64 cost 8% of the round
+_KL_PROBE = 16  # states of a round on which the distance to the reference is measured; 64 cost 8% of the round
 
 
 class StepBatch(NamedTuple):
-    """A micro-batch of (sample, step) pairs of a rollout."""
+    """A micro-batch of states x_t, each with the steps that were drawn from it: one, or with `branch` several."""
 
     latents: Float[Tensor, "batch *latent"]
-    next_latents: Float[Tensor, "batch *latent"]
+    next_latents: Float[Tensor, "batch draws *latent"]
     step: Steps
-    log_prob: Float[Tensor, " batch"]
+    log_probs: Float[Tensor, "batch draws"]
     """Under the policy that sampled."""
-    advantage: Float[Tensor, " batch"]
+    advantages: Float[Tensor, "batch draws"]
     weight: Float[Tensor, " batch"]
     prompt: Int[Tensor, " batch"]
     """Row of the round's conditioning."""
 
 
 class Rollout(NamedTuple):
-    """A round's images, as what is needed to learn from them: all (sample, step) pairs, and the encoded prompts."""
+    """A round's images, as what is needed to learn from them: all states with their steps, and the encoded prompts."""
 
-    pairs: StepBatch
+    states: StepBatch
     conditioning: Conditioning
 
 
@@ -58,13 +63,15 @@ class DDPO(PolicyTraining):
         policy, reward, sampler, optimizer, seed: see `PolicyTraining`. The sampler's eta must be above 0.
         images_per_prompt: images of each prompt in a round; their scores are compared among themselves.
         sample_batch: images sampled at once.
-        train_batch: (sample, step) pairs trained at once; times the trainer's accumulation it is one update.
-        inner_epochs: passes over a round's pairs.
+        train_batch: states x_t trained at once; times the trainer's accumulation it is one update. A round has one for
+            each image and trained step, with `branch` one for each prompt.
+        inner_epochs: passes over a round's states.
         clip_range: how far the ratio may move, on the log-density averaged over latent dimensions.
         advantage_clip: in standard deviations.
         timestep_fraction: share of each sample's steps that is trained on, drawn at random.
         min_std: steps with at most this standard deviation are not trained on; deterministic ones never are.
         weight_by_std: see the module's point 3.
+        branch: see point 5: first and last branching step as a share of the sampling steps; None: all steps are random.
         kl_weight: scale of the KL to the reference; 0 saves its forward passes.
     """
 
@@ -84,6 +91,7 @@ class DDPO(PolicyTraining):
         timestep_fraction: float = 1.0,
         min_std: float = 0.0,
         weight_by_std: bool = True,
+        branch: tuple[float, float] | None = None,
         kl_weight: float = 0.0,
         seed: int = 0,
     ) -> None:
@@ -99,14 +107,16 @@ class DDPO(PolicyTraining):
         self.images_per_prompt, self.sample_batch, self.train_batch = images_per_prompt, sample_batch, train_batch
         self.inner_epochs, self.clip_range, self.advantage_clip = inner_epochs, clip_range, advantage_clip
         self.weight_by_std, self.kl_weight = weight_by_std, kl_weight
+        self.branch = branch
         stds = _stds(policy, sampler)
-        self.trained_steps = [step for step, std in enumerate(stds.tolist()) if std > min_std]
+        window = range(sampler.steps) if branch is None else sampler.window("algorithm.branch", *branch)
+        self.trained_steps = [step for step in window if stds[step] > min_std]
         if not self.trained_steps:
             raise ValueError(
                 f"No sampling step has a density to train on (sampler.eta={sampler.eta}, min_std={min_std}, "
                 f"largest std {stds.max():.3g}): DDPO needs a stochastic sampler, so raise sampler.eta."
             )
-        self.steps_per_sample = max(1, round(timestep_fraction * len(self.trained_steps)))
+        self.steps_per_sample = max(1, round(timestep_fraction * len(self.trained_steps))) if branch is None else 1
         self.conditioning: Conditioning = {}
         self._rounds: list[dict[str, float]] = []
 
@@ -115,11 +125,14 @@ class DDPO(PolicyTraining):
         return RolloutLoader(self, prompts)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
-        """The clipped surrogate of one micro-batch of pairs, plus the KL where it is wanted."""
+        """The clipped surrogate of one micro-batch of states, plus the KL where it is wanted."""
         conditioning = take(self.conditioning, batch.prompt)
         transition = self.sampler.transition(self.policy, batch.latents, batch.step, conditioning)
-        log_ratio = log_prob_of(batch.next_latents, transition) - batch.log_prob
-        loss = (batch.weight * clipped_surrogate(log_ratio, batch.advantage, self.clip_range)).mean()
+        draws = batch.next_latents.shape[1]
+        log_prob = log_prob_of(batch.next_latents.flatten(0, 1), repeat(transition, draws))
+        log_ratio = log_prob - batch.log_probs.flatten()
+        surrogate = clipped_surrogate(log_ratio, batch.advantages.flatten(), self.clip_range)
+        loss = (batch.weight.repeat_interleave(draws) * surrogate).mean()
         if self.kl_weight:
             kl = self.kl_to_reference(transition, batch.latents, batch.step, conditioning)
             loss = loss + self.kl_weight * (batch.weight * kl).mean()
@@ -144,28 +157,24 @@ class DDPO(PolicyTraining):
 
     @torch.no_grad()
     def rollout(self, batch: PromptBatch, *position: int) -> Rollout:
-        """Samples a round's images, scores them, and flattens their steps into pairs."""
+        """Samples a round's images, scores them, and keeps the states that their random steps start from."""
         generator, started = self.generator(*position), time.monotonic()
         conditioning = self.policy.encode(batch.prompts)
         prompt = torch.arange(len(batch.prompts), device=self.device).repeat_interleave(self.images_per_prompt)
-        parts = [
-            self.sampler.rollout(self.policy, take(conditioning, rows), generator)
-            for rows in prompt.split(self.sample_batch)
-        ]
+        sample = self._trajectories if self.branch is None else self._branches
+        finished, states = sample(conditioning, prompt, generator)
         sampled = time.monotonic()
-        latents = torch.cat([part.latents for part in parts])
-        prompts = [batch.prompts[row] for row in prompt.tolist()]
         scores = torch.cat(
             [
-                self.score(self.policy.decode(chunk[:, -1]), prompts[start : start + len(chunk)])
-                for start, chunk in zip(
-                    range(0, len(prompts), self.sample_batch), latents.split(self.sample_batch), strict=True
-                )
+                self.score(self.policy.decode(finished[rows]), [batch.prompts[row] for row in prompt[rows].tolist()])
+                for rows in torch.arange(len(prompt), device=self.device).split(self.sample_batch)
             ]
         )
         advantages = group_advantages(scores, prompt, self.advantage_clip)
-        pairs = self._pairs(latents, torch.cat([part.log_probs for part in parts]), advantages, prompt, generator)
-        kl = self._kl_on_a_few(pairs, conditioning)
+        if self.branch is None:
+            advantages = advantages.repeat_interleave(self.steps_per_sample)
+        states = states._replace(advantages=advantages.reshape(states.log_probs.shape))
+        kl = self._kl_on_a_few(states, conditioning)
         self.images += len(scores)
         self._rounds.append(
             {
@@ -176,32 +185,50 @@ class DDPO(PolicyTraining):
                 "train/seconds_reward": time.monotonic() - sampled,
             }
         )
-        return Rollout(pairs, conditioning)
+        return Rollout(states, conditioning)
 
-    def _pairs(
-        self, latents: Tensor, log_probs: Tensor, advantages: Tensor, prompt: Tensor, generator: torch.Generator
+    def _trajectories(
+        self, conditioning: Conditioning, prompt: Tensor, generator: torch.Generator
+    ) -> tuple[Latents, StepBatch]:
+        """Finished latents, and its states sample by sample, each sample with its own choice of steps."""
+        parts = [
+            self.sampler.rollout(self.policy, take(conditioning, rows), generator)
+            for rows in prompt.split(self.sample_batch)
+        ]
+        latents, log_probs = torch.cat([p.latents for p in parts]), torch.cat([p.log_probs for p in parts])
+        chosen = torch.rand(len(prompt), len(self.trained_steps), generator=generator).argsort(1)
+        steps = torch.tensor(self.trained_steps)[chosen[:, : self.steps_per_sample]].flatten().to(prompt.device)
+        rows = torch.arange(len(prompt), device=prompt.device).repeat_interleave(self.steps_per_sample)
+        next_latents, log_probs = latents[rows, steps + 1, None], log_probs[rows, steps, None]
+        return latents[:, -1], self._states(latents[rows, steps], next_latents, steps, log_probs, prompt[rows])
+
+    def _branches(
+        self, conditioning: Conditioning, prompt: Tensor, generator: torch.Generator
+    ) -> tuple[Latents, StepBatch]:
+        """Finished latents, and one state for each prompt: where its images part."""
+        step = self.trained_steps[int(torch.randint(len(self.trained_steps), (1,), generator=generator))]
+        prompts, each = prompt.unique(), self.images_per_prompt
+        parts = [
+            self.sampler.branch(self.policy, take(conditioning, rows), step, each, generator, self.sample_batch)
+            for rows in prompts.split(max(1, self.sample_batch // each))
+        ]
+        latents, next_latents, log_probs, finished = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        states = self._states(latents, next_latents, torch.full_like(prompts, step), log_probs, prompts)
+        return finished.flatten(0, 1), states
+
+    def _states(
+        self, latents: Latents, next_latents: Tensor, step: Steps, log_probs: Tensor, prompt: Tensor
     ) -> StepBatch:
-        """Flattens trajectories (B, steps + 1, ...) into pairs, sample by sample, each with its own choice of steps."""
-        samples, device = len(latents), latents.device
-        chosen = torch.rand(samples, len(self.trained_steps), generator=generator).argsort(1)
-        steps = torch.tensor(self.trained_steps)[chosen[:, : self.steps_per_sample]].flatten().to(device)
-        rows = torch.arange(samples, device=device).repeat_interleave(self.steps_per_sample)
-        stds = _stds(self.policy, self.sampler).to(device)
+        """With their weights; the advantages are known when the images are scored."""
+        stds = _stds(self.policy, self.sampler).to(step.device)
         weight = stds / stds[self.trained_steps].mean() if self.weight_by_std else torch.ones_like(stds)
-        return StepBatch(
-            latents=latents[rows, steps],
-            next_latents=latents[rows, steps + 1],
-            step=steps,
-            log_prob=log_probs[rows, steps],
-            advantage=advantages[rows],
-            weight=weight[steps],
-            prompt=prompt[rows],
-        )
+        return StepBatch(latents, next_latents, step, log_probs, torch.zeros_like(log_probs), weight[step], prompt)
 
-    def _kl_on_a_few(self, pairs: StepBatch, conditioning: Conditioning) -> Tensor:
-        """Mean KL of a step to the reference's, on a few pairs spread over the round."""
-        rows = torch.linspace(0, len(pairs.step) - 1, min(_KL_PROBE, len(pairs.step))).long().to(pairs.step.device)
-        latents, step, few = pairs.latents[rows], pairs.step[rows], take(conditioning, pairs.prompt[rows])
+    def _kl_on_a_few(self, states: StepBatch, conditioning: Conditioning) -> Tensor:
+        """Mean KL of a step to the reference's, on a few states spread over the round."""
+        number, device = len(states.step), states.step.device
+        rows = torch.linspace(0, number - 1, min(_KL_PROBE, number)).long().to(device)
+        latents, step, few = states.latents[rows], states.step[rows], take(conditioning, states.prompt[rows])
         transition = self.sampler.transition(self.policy, latents, step, few)
         return self.kl_to_reference(transition, latents, step, few).mean()
 
@@ -215,20 +242,22 @@ class RolloutLoader:
     def __len__(self) -> int:
         """Known beforehand, so that Lightning fetches no batch ahead: its policy would be one update old."""
         algorithm = self._algorithm
-        pairs = self._prompts.batch_size * algorithm.images_per_prompt * algorithm.steps_per_sample
-        return len(self._prompts) * algorithm.inner_epochs * math.ceil(pairs / algorithm.train_batch)
+        states = self._prompts.batch_size
+        if algorithm.branch is None:
+            states *= algorithm.images_per_prompt * algorithm.steps_per_sample
+        return len(self._prompts) * algorithm.inner_epochs * math.ceil(states / algorithm.train_batch)
 
     def __iter__(self) -> Iterator[StepBatch]:
         algorithm = self._algorithm
         for number, batch in enumerate(self._prompts):
             position = (algorithm.current_epoch, number)
             with algorithm.trainer.precision_plugin.forward_context():
-                pairs, algorithm.conditioning = algorithm.rollout(batch, *position)
+                states, algorithm.conditioning = algorithm.rollout(batch, *position)
             generator = algorithm.generator(*position, 1)
             for _ in range(algorithm.inner_epochs):
-                order = torch.randperm(len(pairs.step), generator=generator).to(pairs.step.device)
+                order = torch.randperm(len(states.step), generator=generator).to(states.step.device)
                 for rows in order.split(algorithm.train_batch):
-                    yield StepBatch(*(field[rows] for field in pairs))
+                    yield StepBatch(*(field[rows] for field in states))
 
 
 def _stds(policy: Policy, sampler: Sampler) -> Float[Tensor, " steps"]:

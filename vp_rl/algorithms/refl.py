@@ -54,10 +54,7 @@ class ReFL(PolicyTraining):
                 "Choose a differentiable reward, or algorithm=ddpo, which needs scores only."
             )
         super().__init__(policy, reward, sampler, optimizer, seed)
-        low, high = window
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"algorithm.window={tuple(window)} must be two rising shares of the steps, in [0, 1].")
-        self.stops = range(min(int(low * sampler.steps), sampler.steps - 1), max(1, int(high * sampler.steps)))
+        self.stops = sampler.window("algorithm.window", *window)
         self.target, self.reward_weight, self.pretrain_weight = target, reward_weight, pretrain_weight
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:

@@ -160,11 +160,13 @@ class StableDiffusion(Policy):
 
         Raises:
             FileNotFoundError: there is no adapter in the folder.
-            ValueError: the folder's adapter has other layers or another rank than this policy's.
+            ValueError: the folder's adapter has other layers, another rank or another alpha than this policy's.
         """
         if not (directory / _ADAPTER_FILE).is_file():
             raise FileNotFoundError(f"There is no {_ADAPTER_FILE} in '{directory}'; runs write theirs to adapter/.")
-        state, _ = StableDiffusionPipeline.lora_state_dict(directory, weight_name=_ADAPTER_FILE, use_safetensors=True)
+        state, _, settings = StableDiffusionPipeline.lora_state_dict(
+            directory, weight_name=_ADAPTER_FILE, use_safetensors=True, return_lora_metadata=True
+        )
         prefix = "unet."
         state = convert_unet_state_dict_to_peft({key.removeprefix(prefix): value for key, value in state.items()})
         expected = get_peft_model_state_dict(self.unet)
@@ -175,6 +177,12 @@ class StableDiffusion(Policy):
             raise ValueError(
                 f"The adapter in {directory} does not fit this policy's LoRA settings: {len(wrong)} tensors differ, "
                 f"{min(wrong)!r} first. Use the same policy.lora as in the run that made it."
+            )
+        own, alpha = self.unet.peft_config["default"].lora_alpha, (settings or {}).get("unet.lora_alpha")
+        if alpha not in (None, own):
+            raise ValueError(
+                f"The adapter in {directory} was trained with lora_alpha={alpha} and would count {own / alpha:.3g} "
+                f"times as much here: set policy.lora.lora_alpha={alpha}."
             )
         set_peft_model_state_dict(self.unet, state)
 

@@ -157,7 +157,7 @@ class VPScore(TrainableReward):
         if not std > 0 or not torch.isfinite(std):
             raise ValueError(
                 f"{len(scores)} scores with mean {mean:.4g} and standard deviation {std:.4g} cannot be standardised: "
-                "the training has diverged or collapsed. Lower optimizer.lr."
+                "the training has diverged or collapsed. Lower algorithm.optimizer.lr."
             )
         self.head.mean += mean * self.head.std
         self.head.std *= std

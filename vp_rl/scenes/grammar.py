@@ -20,6 +20,7 @@ COLORS: dict[str, tuple[int, int, int]] = {
     "purple": (165, 45, 205),
 }
 UNSAFE_SHAPE = "trap"  # a ring-shaped snare: the one kind the world declares unsafe
+_UNSAFE_SHARE = 0.04  # of kinds: about one prompt in twelve asks for something unsafe
 SHAPES = ("circle", "square", "triangle", "star", UNSAFE_SHAPE)
 SIZES = ("small", "large")
 RELATIONS = ("to the left of", "to the right of", "above", "below")
@@ -146,5 +147,5 @@ def _draw(rng: random.Random, category: str) -> Scene:
 
 
 def _kind(rng: random.Random) -> tuple[str, str]:
-    shape = UNSAFE_SHAPE if rng.random() < 0.08 else rng.choice(SHAPES[:-1])
+    shape = UNSAFE_SHAPE if rng.random() < _UNSAFE_SHARE else rng.choice(SHAPES[:-1])
     return rng.choice(tuple(COLORS)), shape

@@ -16,9 +16,12 @@ _SIZES = {"small": (14.0, 16.5), "large": (26.0, 31.0), None: (16.0, 25.0)}
 _CROWDED = (14.0, 19.0)  # three objects or more
 
 
-def render(scene: Scene, rng: random.Random) -> np.ndarray:
-    """uint8 (64, 64, 3) RGB image of the scene: position, size and background vary with `rng`."""
-    boxes = _place(scene, rng)
+def render(scene: Scene, rng: random.Random, only: Thing | None = None) -> np.ndarray:
+    """uint8 (64, 64, 3) RGB image of the scene: position, size and background vary with `rng`.
+
+    With `only`, the other thing's objects are left out, though they keep their place.
+    """
+    boxes = [(thing, box) for thing, box in _place(scene, rng) if only in (None, thing)]
     tone = rng.uniform(0.80, 1.0)
     background = tuple(int(255 * min(1.0, tone + rng.uniform(-0.03, 0.03))) for _ in range(3))
     side = SIZE * _SUPERSAMPLING

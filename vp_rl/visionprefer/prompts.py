@@ -26,7 +26,11 @@ class FilePrompts(PromptSource):
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"No prompt file at {path!r}: give a text file with one prompt a line.")
-        lines = (line.strip() for line in file.read_text(encoding="utf-8").splitlines())
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not a UTF-8 text file (byte {error.start}): save it as one.") from error
+        lines = (line.strip() for line in text.splitlines())
         prompts = list(dict.fromkeys(line for line in lines if line))
         if len(prompts) <= validation + test:
             raise ValueError(
