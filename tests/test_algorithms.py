@@ -122,6 +122,15 @@ def test_a_large_kl_weight_holds_the_policy_at_the_reference() -> None:
     assert held.bias.norm() < 0.1 * free.bias.norm()
 
 
+@pytest.mark.parametrize("make", [ddpo, refl])
+def test_the_learning_rate_falls_to_nothing_over_the_run_where_that_is_wanted(make) -> None:  # noqa: ANN001
+    def last_rate(**settings: object) -> float:
+        return fit(make(LinearPolicy(), lr=0.1, **settings), epochs=3).optimizers[0].param_groups[0]["lr"]
+
+    assert last_rate() == 0.1
+    assert last_rate(decay=True) == pytest.approx(0, abs=1e-9)
+
+
 @pytest.mark.parametrize("make", [ddpo, partial(ddpo, branch=(0.0, 0.5)), refl])
 def test_a_run_resumed_from_a_checkpoint_ends_where_an_unbroken_one_does(make, tmp_path: Path) -> None:  # noqa: ANN001
     whole = LinearPolicy()

@@ -9,8 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 import lightning
 import torch
 from jaxtyping import Float
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from vp_rl.functional import gaussian_kl
 from vp_rl.interfaces import Policy, Reward
@@ -35,10 +37,24 @@ class PolicyTraining(lightning.LightningModule, ABC):
     """Holds the policy, the frozen reward and the sampler; checkpoints the adapter only.
 
     Precision, accumulation, gradient clipping, devices and strategy are the Trainer's settings.
+
+    Args:
+        policy: what is trained.
+        reward: what it is trained against.
+        sampler: how its images are made while it trains.
+        optimizer: given the adapter's parameters, makes the optimizer.
+        decay: whether the learning rate falls to 0 by a cosine over the run, or stays.
+        seed: of prompts' noise and of every other random choice.
     """
 
     def __init__(
-        self, policy: Policy, reward: Reward, sampler: Sampler, optimizer: MakeOptimizer, seed: int = 0
+        self,
+        policy: Policy,
+        reward: Reward,
+        sampler: Sampler,
+        optimizer: MakeOptimizer,
+        decay: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         self.policy = policy
@@ -47,11 +63,15 @@ class PolicyTraining(lightning.LightningModule, ABC):
         self.seed = seed
         self.images = 0  # of the running epoch
         self.strict_loading = False  # checkpoints hold the adapter alone; `on_load_checkpoint` is the strict one
-        self._make_optimizer = optimizer
+        self._make_optimizer, self._decay = optimizer, decay
 
-    def configure_optimizers(self) -> Optimizer:
+    def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over the adapter."""
-        return self._make_optimizer([parameter for parameter in self.policy.parameters() if parameter.requires_grad])
+        optimizer = self._make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
+        if not self._decay:
+            return optimizer
+        schedule = CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's clock."""

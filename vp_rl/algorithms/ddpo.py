@@ -60,7 +60,7 @@ class DDPO(PolicyTraining):
     """Fine-tunes a policy against any reward, differentiable or not.
 
     Args:
-        policy, reward, sampler, optimizer, seed: see `PolicyTraining`. The sampler's eta must be above 0.
+        policy, reward, sampler, optimizer, decay, seed: see `PolicyTraining`. The sampler's eta must be above 0.
         images_per_prompt: images of each prompt in a round; their scores are compared among themselves.
         sample_batch: images sampled at once.
         train_batch: states x_t trained at once; times the trainer's accumulation it is one update. A round has one for
@@ -93,9 +93,10 @@ class DDPO(PolicyTraining):
         weight_by_std: bool = True,
         branch: tuple[float, float] | None = None,
         kl_weight: float = 0.0,
+        decay: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__(policy, reward, sampler, optimizer, seed)
+        super().__init__(policy, reward, sampler, optimizer, decay, seed)
         if images_per_prompt < 2:
             raise ValueError("algorithm.images_per_prompt must be at least 2: a single image has nothing to beat.")
         sizes = {"sample_batch": sample_batch, "train_batch": train_batch, "inner_epochs": inner_epochs}

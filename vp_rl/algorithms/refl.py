@@ -25,7 +25,7 @@ class ReFL(PolicyTraining):
     """Fine-tunes a policy by back-propagating a differentiable reward.
 
     Args:
-        policy, reward, sampler, optimizer, seed: see `PolicyTraining`.
+        policy, reward, sampler, optimizer, decay, seed: see `PolicyTraining`.
         window: first and last stop step as a share of the sampling steps; (0.75, 1.0) is the published 30-39 of 40.
         target: score at which an image is good enough and is pushed no further.
         reward_weight: scale of the reward loss; matters beside `pretrain_weight` and gradient clipping only.
@@ -46,6 +46,7 @@ class ReFL(PolicyTraining):
         target: float = 2.0,
         reward_weight: float = 1e-3,
         pretrain_weight: float = 0.0,
+        decay: bool = False,
         seed: int = 0,
     ) -> None:
         if not reward.differentiable:
@@ -53,7 +54,7 @@ class ReFL(PolicyTraining):
                 f"ReFL needs gradients of the reward, and {type(reward).__name__} has none. "
                 "Choose a differentiable reward, or algorithm=ddpo, which needs scores only."
             )
-        super().__init__(policy, reward, sampler, optimizer, seed)
+        super().__init__(policy, reward, sampler, optimizer, decay, seed)
         self.stops = sampler.window("algorithm.window", *window)
         self.target, self.reward_weight, self.pretrain_weight = target, reward_weight, pretrain_weight
 
