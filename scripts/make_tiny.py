@@ -29,6 +29,7 @@ from vp_rl.scenes.grammar import CATEGORIES, COLORS, COUNTS, RELATIONS, SHAPES, 
 from vp_rl.scenes.render import SIZE, render
 
 MAX_TOKENS = 20
+_NONE = len(RELATIONS)  # the class of prompts that name no relation
 
 
 def main() -> None:
@@ -118,13 +119,8 @@ def train_sd(
     of those steps; half scenes, one thing in its place under a prompt that ends at the relation, at first alone; and
     probes that make the denoiser's features tell where they are and the text's tell which relation is meant.
     """
-    pool = scenes("train", images, seed + 2, (*CATEGORIES, "relation", "composition"))
-    latents, prompts, halves = cached_latents(vae, pool, seed)
     tokenizer = make_tokenizer()
-    tokens = _tokenize(tokenizer, prompts)
-    relation = torch.tensor(
-        [next((i for i, name in enumerate(RELATIONS) if name in p), len(RELATIONS)) for p in prompts]
-    )
+    lesson = Lesson(vae, tokenizer, scenes("train", images, seed + 2, (*CATEGORIES, "relation", "composition")), seed)
     unet, text_encoder = make_unet(), make_text_encoder(tokenizer)
     if start is not None:
         unet = UNet2DConditionModel.from_pretrained(start / "unet", torch_dtype=torch.float32).train()
@@ -143,22 +139,14 @@ def train_sd(
     averages = EMAModel(models.parameters(), decay=0.998)
     optimizer = torch.optim.AdamW([*models.parameters(), *probes.parameters()], 1.5e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1.5e-3, total_steps=steps, pct_start=0.05)
-    empty = _tokenize(tokenizer, [""])
     running, started = 0.0, time.monotonic()
     for step in range(steps):
         first = 0.0 if start else max(0.0, 1 - step / 1500)  # half scenes and noisy steps only, then ever fewer
-        rows = torch.where(
-            torch.rand(batch) < first, halves[torch.randint(len(halves), (batch,))], torch.randint(images, (batch,))
-        )
-        noisy = torch.rand(batch) < 0.4 + 0.6 * first
-        timestep = torch.where(noisy, torch.randint(700, 1000, (batch,)), torch.randint(1000, (batch,)))
-        without = torch.rand(batch) < 0.1  # for classifier-free guidance
-        prompt = torch.where(without[:, None], empty, tokens[rows])
-        meant = torch.where(without, len(RELATIONS), relation[rows])
-        noise = torch.randn(batch, *latents.shape[1:])
+        latents, prompt, meant, timestep = lesson.draw(batch, first)
+        noise = torch.randn_like(latents)
         text = text_encoder(prompt)[0]
-        output = unet(scheduler.add_noise(latents[rows], noise, timestep), timestep, text).sample
-        loss = (output - scheduler.get_velocity(latents[rows], noise, timestep)).square().mean()
+        output = unet(scheduler.add_noise(latents, noise, timestep), timestep, text).sample
+        loss = (output - scheduler.get_velocity(latents, noise, timestep)).square().mean()
         end = (prompt == tokenizer.eos_token_id).int().argmax(1)
         optimizer.zero_grad()
         (loss + probes(text[torch.arange(batch), end], meant)).backward()
@@ -202,23 +190,43 @@ class Probes(torch.nn.Module):
         return 0.1 * sum(placed) + 0.1 * F.cross_entropy(self.relation(text), relation)
 
 
+class Lesson:
+    """Scenes and half scenes as the denoiser learns from them; sets the VAE's scaling factor."""
+
+    def __init__(self, vae: AutoencoderKL, tokenizer: CLIPTokenizer, pool: list[Scene], seed: int) -> None:
+        rng = random.Random(seed + 2)
+        pixels, prompts, halves = [], [], []
+        for index, scene in enumerate(pool):
+            half = scene.relation is not None and rng.random() < 0.3
+            first = rng.random() < 0.5
+            pixels.append(render(scene, rng, scene.things[0 if first else 1] if half else None))
+            cut = f"{scene.things[0]} {scene.relation}" if first else f"{scene.relation} {scene.things[-1]}"
+            prompts.append(cut if half else scene.prompt)
+            halves += [index] if half else []
+        self.latents = scaled_latents(vae, pixels)
+        self.halves = torch.tensor(halves)
+        self.tokens, self.empty = _tokenize(tokenizer, prompts), _tokenize(tokenizer, [""])
+        self.relation = torch.tensor([next((i for i, r in enumerate(RELATIONS) if r in p), _NONE) for p in prompts])
+
+    def draw(self, batch: int, first: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Latents, prompts, the relations they name, and timesteps; a share `first` are half scenes at noisy steps."""
+        any_row, half_row = torch.randint(len(self.latents), (batch,)), torch.randint(len(self.halves), (batch,))
+        rows = torch.where(torch.rand(batch) < first, self.halves[half_row], any_row)
+        noisy = torch.rand(batch) < 0.4 + 0.6 * first
+        timestep = torch.where(noisy, torch.randint(700, 1000, (batch,)), torch.randint(1000, (batch,)))
+        without = torch.rand(batch) < 0.1  # for classifier-free guidance
+        prompt = torch.where(without[:, None], self.empty, self.tokens[rows])
+        return self.latents[rows], prompt, torch.where(without, _NONE, self.relation[rows]), timestep
+
+
 @torch.no_grad()
-def cached_latents(vae: AutoencoderKL, pool: list[Scene], seed: int) -> tuple[Tensor, list[str], Tensor]:
-    """Scaled latents of renders, their prompts, and which are half scenes; sets the VAE's scaling factor."""
-    rng = random.Random(seed + 2)
-    pixels, prompts, halves = [], [], []
-    for index, scene in enumerate(pool):
-        half = scene.relation is not None and rng.random() < 0.3
-        first = rng.random() < 0.5
-        pixels.append(render(scene, rng, scene.things[0 if first else 1] if half else None))
-        cut = f"{scene.things[0]} {scene.relation}" if first else f"{scene.relation} {scene.things[-1]}"
-        prompts.append(cut if half else scene.prompt)
-        halves += [index] if half else []
-    chunks = [as_tensor(pixels[first : first + 250]) for first in range(0, len(pool), 250)]
+def scaled_latents(vae: AutoencoderKL, pixels: list[np.ndarray]) -> Tensor:
+    """Latents of uint8 images, with a standard deviation of 1; sets the VAE's scaling factor."""
+    chunks = [as_tensor(pixels[first : first + 250]) for first in range(0, len(pixels), 250)]
     latents = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in chunks])
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
-    print(f"cached {len(pool)} latents, scaling factor {vae.config['scaling_factor']}", flush=True)
-    return latents * vae.config["scaling_factor"], prompts, torch.tensor(halves)
+    print(f"cached {len(pixels)} latents, scaling factor {vae.config['scaling_factor']}", flush=True)
+    return latents * vae.config["scaling_factor"]
 
 
 def _save(out: Path, vae, text_encoder, tokenizer, unet, scheduler) -> None:  # noqa: ANN001
