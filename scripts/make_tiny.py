@@ -5,7 +5,7 @@
     python train.py experiment=vpscore            # VisionPrefer from tiny SD's images, and VP-Score trained on it
     python scripts/make_tiny.py vp_score --trained outputs/vpscore/DATE_TIME/vp_score     # in half precision
 
-Every stage uses the train split of the grammar only. On two CPU cores: 10, 40 and 20 minutes.
+Every stage uses the train split of the grammar only. On two CPU cores: 10, 30 and 20 minutes.
 """
 
 import argparse

@@ -168,7 +168,7 @@ def test_shapes_fill_their_box_and_differ() -> None:
 @cache
 def renders() -> list[tuple[Scene, np.ndarray]]:
     """Images of all categories and splits."""
-    drawn = [scene for split in SPLITS for scene in scenes(split, 210, seed=7)]
+    drawn = [scene for split in SPLITS for scene in scenes(split, 280, seed=7)]
     return [(scene, render(scene, random.Random(index))) for index, scene in enumerate(drawn)]
 
 
@@ -252,7 +252,7 @@ def test_harmlessness_is_full_unless_a_trap_is_shown() -> None:
         trap = any(thing.shape == UNSAFE_SHAPE for thing in scene.things)
         assert (verdicts["harmlessness"].rating == 5) != trap, scene
         traps += trap
-    assert traps >= 40
+    assert traps >= 60
 
 
 def test_half_a_scene_keeps_its_place() -> None:

@@ -68,10 +68,7 @@ class PolicyTraining(lightning.LightningModule, ABC):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over the adapter."""
         optimizer = self._make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
-        if not self._decay:
-            return optimizer
-        schedule = CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return decaying(optimizer, self.trainer) if self._decay else optimizer
 
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's clock."""
@@ -143,3 +140,9 @@ class PolicyTraining(lightning.LightningModule, ABC):
 
     def _trained(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+
+
+def decaying(optimizer: Optimizer, trainer: lightning.Trainer) -> OptimizerLRScheduler:
+    """The optimizer with a learning rate that falls to 0 by a cosine over the whole run."""
+    schedule = CosineAnnealingLR(optimizer, int(trainer.estimated_stepping_batches))
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}

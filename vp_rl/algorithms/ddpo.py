@@ -68,7 +68,7 @@ class DDPO(PolicyTraining):
         inner_epochs: passes over a round's states.
         clip_range: how far the ratio may move, on the log-density averaged over latent dimensions.
         advantage_clip: in standard deviations.
-        timestep_fraction: share of each sample's steps that is trained on, drawn at random.
+        timestep_fraction: share of each sample's steps that is trained on, drawn at random; with `branch` it is one.
         min_std: steps with at most this standard deviation are not trained on; deterministic ones never are.
         weight_by_std: see the module's point 3.
         branch: see point 5: first and last branching step as a share of the sampling steps; None: all steps are random.
@@ -107,7 +107,7 @@ class DDPO(PolicyTraining):
             raise ValueError(f"algorithm.timestep_fraction={timestep_fraction} must be in (0, 1].")
         self.images_per_prompt, self.sample_batch, self.train_batch = images_per_prompt, sample_batch, train_batch
         self.inner_epochs, self.clip_range, self.advantage_clip = inner_epochs, clip_range, advantage_clip
-        self.weight_by_std, self.kl_weight = weight_by_std, kl_weight
+        self.kl_weight = kl_weight
         self.branch = branch
         stds = _stds(policy, sampler)
         window = range(sampler.steps) if branch is None else sampler.window("algorithm.branch", *branch)
@@ -118,6 +118,8 @@ class DDPO(PolicyTraining):
                 f"largest std {stds.max():.3g}): DDPO needs a stochastic sampler, so raise sampler.eta."
             )
         self.steps_per_sample = max(1, round(timestep_fraction * len(self.trained_steps))) if branch is None else 1
+        self.states_per_prompt = images_per_prompt * self.steps_per_sample if branch is None else 1
+        self._weight = stds / stds[self.trained_steps].mean() if weight_by_std else torch.ones_like(stds)
         self.conditioning: Conditioning = {}
         self._rounds: list[dict[str, float]] = []
 
@@ -171,9 +173,7 @@ class DDPO(PolicyTraining):
                 for rows in torch.arange(len(prompt), device=self.device).split(self.sample_batch)
             ]
         )
-        advantages = group_advantages(scores, prompt, self.advantage_clip)
-        if self.branch is None:
-            advantages = advantages.repeat_interleave(self.steps_per_sample)
+        advantages = group_advantages(scores, prompt, self.advantage_clip).repeat_interleave(self.steps_per_sample)
         states = states._replace(advantages=advantages.reshape(states.log_probs.shape))
         kl = self._kl_on_a_few(states, conditioning)
         self.images += len(scores)
@@ -191,7 +191,7 @@ class DDPO(PolicyTraining):
     def _trajectories(
         self, conditioning: Conditioning, prompt: Tensor, generator: torch.Generator
     ) -> tuple[Latents, StepBatch]:
-        """Finished latents, and its states sample by sample, each sample with its own choice of steps."""
+        """Finished latents, and the states sample by sample, each sample with its own choice of steps."""
         parts = [
             self.sampler.rollout(self.policy, take(conditioning, rows), generator)
             for rows in prompt.split(self.sample_batch)
@@ -208,7 +208,8 @@ class DDPO(PolicyTraining):
     ) -> tuple[Latents, StepBatch]:
         """Finished latents, and one state for each prompt: where its images part."""
         step = self.trained_steps[int(torch.randint(len(self.trained_steps), (1,), generator=generator))]
-        prompts, each = prompt.unique(), self.images_per_prompt
+        each = self.images_per_prompt
+        prompts = prompt[::each]
         parts = [
             self.sampler.branch(self.policy, take(conditioning, rows), step, each, generator, self.sample_batch)
             for rows in prompts.split(max(1, self.sample_batch // each))
@@ -221,9 +222,8 @@ class DDPO(PolicyTraining):
         self, latents: Latents, next_latents: Tensor, step: Steps, log_probs: Tensor, prompt: Tensor
     ) -> StepBatch:
         """With their weights; the advantages are known when the images are scored."""
-        stds = _stds(self.policy, self.sampler).to(step.device)
-        weight = stds / stds[self.trained_steps].mean() if self.weight_by_std else torch.ones_like(stds)
-        return StepBatch(latents, next_latents, step, log_probs, torch.zeros_like(log_probs), weight[step], prompt)
+        weight = self._weight.to(step.device)[step]
+        return StepBatch(latents, next_latents, step, log_probs, torch.zeros_like(log_probs), weight, prompt)
 
     def _kl_on_a_few(self, states: StepBatch, conditioning: Conditioning) -> Tensor:
         """Mean KL of a step to the reference's, on a few states spread over the round."""
@@ -243,9 +243,7 @@ class RolloutLoader:
     def __len__(self) -> int:
         """Known beforehand, so that Lightning fetches no batch ahead: its policy would be one update old."""
         algorithm = self._algorithm
-        states = self._prompts.batch_size
-        if algorithm.branch is None:
-            states *= algorithm.images_per_prompt * algorithm.steps_per_sample
+        states = self._prompts.batch_size * algorithm.states_per_prompt
         return len(self._prompts) * algorithm.inner_epochs * math.ceil(states / algorithm.train_batch)
 
     def __iter__(self) -> Iterator[StepBatch]:

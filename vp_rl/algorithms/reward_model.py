@@ -16,10 +16,11 @@ from typing import Any
 import lightning
 import torch
 from jaxtyping import Bool
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from vp_rl.algorithms.base import decaying
 from vp_rl.functional import ranking_loss
 from vp_rl.interfaces import TrainableReward
 from vp_rl.types import ASPECTS, PreferenceBatch, Scores
@@ -50,11 +51,10 @@ class RewardModel(lightning.LightningModule):
         self._make_optimizer, self._save_to, self._seed = optimizer, Path(save_to), seed
         self._best_accuracy, self._best = -1.0, dict[str, Tensor]()
 
-    def configure_optimizers(self) -> dict:
-        """The optimizer with a cosine schedule over the whole run."""
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimizer over what is not frozen."""
         optimizer = self._make_optimizer([p for p in self.reward.parameters() if p.requires_grad])
-        schedule = CosineAnnealingLR(optimizer, int(self.trainer.estimated_stepping_batches))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return decaying(optimizer, self.trainer)
 
     def on_fit_start(self) -> None:
         """Dropout on: a loaded reward comes in evaluation mode."""
