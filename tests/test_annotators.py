@@ -1,6 +1,7 @@
 """The scene judge against the renderer's ground truth, the annotator around it, and asking annotators for much."""
 
 import asyncio
+import io
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,13 +12,14 @@ import pytest
 from PIL import Image, ImageFilter
 
 from vp_rl.annotators import scene as annotator_module
+from vp_rl.annotators.answers import read_ratings, write_ratings
 from vp_rl.annotators.scene import SceneAnnotator
 from vp_rl.interfaces import Annotator
 from vp_rl.scenes.grammar import CATEGORIES, COLORS, COUNTS, RELATIONS, SHAPES, SIZES, UNSAFE_SHAPE, Scene, Thing
 from vp_rl.scenes.grammar import scenes as draw_scenes
 from vp_rl.scenes.judge import judge
 from vp_rl.scenes.render import SIZE, render
-from vp_rl.types import ASPECTS, Aspect, Rating
+from vp_rl.types import ASPECTS, Answer, Aspect, Rating
 from vp_rl.visionprefer.annotate import rate_all
 
 
@@ -28,7 +30,13 @@ def drawn(number: int = 250) -> tuple[tuple[Scene, Image.Image], ...]:
 
 
 def rate(annotator: SceneAnnotator, prompt: str, image: Image.Image, aspect: Aspect = "prompt_following") -> Rating:
-    return asyncio.run(annotator.annotate(prompt, [image], aspect))[0]
+    return asyncio.run(annotator.annotate(prompt, [png(image)], aspect))[0]
+
+
+def png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="png")
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("category", CATEGORIES)
@@ -90,7 +98,7 @@ def test_an_empty_image_is_rated_lowest(aspect: Aspect) -> None:
 @pytest.mark.parametrize("aspect", ASPECTS)
 def test_without_noise_the_annotator_says_what_the_judge_says_in_the_order_of_the_images(aspect: Aspect) -> None:
     prompt, images = drawn()[0][0].prompt, [image for _, image in drawn()[:6]]
-    given = asyncio.run(SceneAnnotator().annotate(prompt, images, aspect))
+    given = asyncio.run(SceneAnnotator().annotate(prompt, [png(image) for image in images], aspect))
     verdicts = [judge(np.asarray(image), prompt)[aspect] for image in images]
     assert given == [Rating(verdict.rating, verdict.rationale) for verdict in verdicts]
 
@@ -161,9 +169,9 @@ def test_noise_in_one_aspect_says_nothing_of_another() -> None:
 
 
 def test_noise_depends_on_the_seed_and_not_on_the_order_of_calls() -> None:
-    prompt, images = drawn()[0][0].prompt, [image for _, image in drawn()[:40]]
+    prompt, images = drawn()[0][0].prompt, [png(image) for _, image in drawn()[:40]]
 
-    async def ratings(annotator: SceneAnnotator, pictures: list[Image.Image], *, first: Aspect) -> list[Rating]:
+    async def ratings(annotator: SceneAnnotator, pictures: list[bytes], *, first: Aspect) -> list[Rating]:
         await annotator.annotate(prompt, pictures, first)
         return await annotator.annotate(prompt, pictures, "aesthetic")
 
@@ -187,29 +195,35 @@ def test_a_size_that_is_not_asked_for_does_not_matter() -> None:
 class Slow(Annotator):
     """Counts who is in flight; refuses a prompt."""
 
+    name, version, concurrency = "slow", "1", 16
+
     def __init__(self, refused: str = "") -> None:
         self.now, self.most, self.refused = 0, 0, refused
 
-    async def annotate(self, prompt: str, images: Sequence[Image.Image], aspect: Aspect) -> list[Rating]:
+    async def ask(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Answer:
         if prompt == self.refused:
             raise ValueError(f"cannot read {prompt}")
         self.now += 1
         self.most = max(self.most, self.now)
         await asyncio.sleep(random.random() / 1000)
         self.now -= 1
-        return [Rating(1 + (image.width + len(aspect)) % 5, f"{prompt} {aspect}") for image in images]
+        ratings = [Rating(1 + (len(image) + len(aspect)) % 5, f"{prompt} {aspect}") for image in images]
+        return Answer(write_ratings(ratings))
+
+    def read(self, answer: str, images: int) -> list[Rating]:
+        return read_ratings(answer, images)
 
 
 def test_ratings_come_back_in_the_order_of_prompts_and_images_with_a_bounded_number_in_flight() -> None:
     prompts = [f"prompt {i}" for i in range(50)]
-    images = [[Image.new("RGB", (3 * i + j + 1, 1)) for j in range(3)] for i in range(50)]
+    images = [[bytes(3 * i + j + 1) for j in range(3)] for i in range(50)]
     annotator = Slow()
     rated = asyncio.run(rate_all(annotator, prompts, images, quiet=True))
     assert 1 < annotator.most <= 16
     for prompt, pictures, ratings in zip(prompts, images, rated, strict=True):
         assert list(ratings) == list(ASPECTS)
         for aspect, given in ratings.items():
-            assert [r.rating for r in given] == [1 + (picture.width + len(aspect)) % 5 for picture in pictures]
+            assert [r.rating for r in given] == [1 + (len(picture) + len(aspect)) % 5 for picture in pictures]
             assert {r.rationale for r in given} == {f"{prompt} {aspect}"}
 
 
@@ -219,7 +233,7 @@ def test_an_annotators_error_reaches_the_caller_as_it_is() -> None:
             rate_all(
                 Slow(refused="prompt 1"),
                 [f"prompt {i}" for i in range(7)],
-                [[Image.new("RGB", (1, 1))]] * 7,
+                [[b"image"]] * 7,
                 quiet=True,
             )
         )

@@ -1,5 +1,6 @@
 """Evaluation on a policy whose images are their latents, with a judge and a reward that see nothing but brightness."""
 
+import io
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from PIL.Image import Image
+from PIL import Image
 from torch import nn
 
+from vp_rl.annotators.answers import read_ratings, write_ratings
 from vp_rl.evaluation.compare import as_dict, as_markdown, compare, interval
 from vp_rl.evaluation.images import Evaluation, Evaluator
 from vp_rl.interfaces import Annotator, Policy, PromptSource, Reward
 from vp_rl.processes.ddim import DDIM
 from vp_rl.sampler import Sampler
-from vp_rl.types import Aspect, Conditioning, Images, Latents, Rating, Scores, Split
+from vp_rl.types import Answer, Aspect, Conditioning, Images, Latents, Rating, Scores, Split
 
 
 class Bright(Policy):
@@ -75,9 +77,15 @@ class Brightness(Reward):
 class BrightnessJudge(Annotator):
     """1 for black to 5 for white, in every aspect."""
 
-    async def annotate(self, prompt: str, images: Sequence[Image], aspect: Aspect) -> list[Rating]:
-        means = [float(np.asarray(image).mean()) for image in images]
-        return [Rating(1 + min(4, int(mean / 51)), f"{aspect} of {prompt}: {mean:.0f}") for mean in means]
+    name, version, concurrency = "brightness", "1", 4
+
+    async def ask(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Answer:
+        means = [float(np.asarray(Image.open(io.BytesIO(image))).mean()) for image in images]
+        ratings = [Rating(1 + min(4, int(mean / 51)), f"{aspect} of {prompt}: {mean:.0f}") for mean in means]
+        return Answer(write_ratings(ratings))
+
+    def read(self, answer: str, images: int) -> list[Rating]:
+        return read_ratings(answer, images)
 
 
 class Prompts(PromptSource):

@@ -1,7 +1,6 @@
 """VisionPrefer's stages and the builder of them all: prompts to images to ratings to a dataset."""
 
 import asyncio
-import io
 import os
 import random
 import weakref
@@ -15,7 +14,6 @@ import pyarrow.parquet
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from PIL import Image
 from torch.nn import functional as F
 
 from vp_rl.annotators.scene import SceneAnnotator
@@ -218,7 +216,7 @@ def test_a_rating_is_stored_with_the_image_that_it_is_of(tmp_path: Path) -> None
     builder().build(tmp_path / "set")
     judge = SceneAnnotator()
     for each in schema.read(tmp_path / "set", "train"):
-        pictures = {i["image_id"]: Image.open(io.BytesIO(i["image"]["bytes"])) for i in each["images"]}
+        pictures = {i["image_id"]: i["image"]["bytes"] for i in each["images"]}
         for a in each["annotations"]:
             again = asyncio.run(judge.annotate(each["prompt"], [pictures[a["image_id"]]], a["aspect"]))
             assert again == [Rating(a["rating"], a["rationale"])]
@@ -278,7 +276,7 @@ def fail_at_the_second_split(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "crash",
     [
-        lambda patch: patch.setattr(SceneAnnotator, "annotate", fail),
+        lambda patch: patch.setattr(SceneAnnotator, "ask", fail),
         fail_at_the_second_split,
         lambda patch: patch.setattr(Path, "write_text", fail),
         lambda patch: patch.setattr(os, "replace", fail),

@@ -1,4 +1,4 @@
-"""The architecture on one screen: what a reward, a process, a policy and an annotator promise.
+"""The architecture: what a reward, a process, a policy and an annotator promise.
 
 A new one of a kind is one subclass in one file, and one yaml. Implementations are final: nobody subclasses them.
 """
@@ -11,10 +11,22 @@ from typing import ClassVar
 
 import torch
 from jaxtyping import Float
-from PIL.Image import Image
 from torch import Tensor, nn
 
-from vp_rl.types import Aspect, Conditioning, Images, Latents, Rating, Scores, Split, Steps, Transition
+from vp_rl.types import (
+    Answer,
+    Aspect,
+    Conditioning,
+    Dropped,
+    Images,
+    Latents,
+    Rating,
+    Scores,
+    Split,
+    Steps,
+    Transition,
+    Usage,
+)
 
 
 class Reward(nn.Module, ABC):
@@ -110,12 +122,78 @@ class Policy(nn.Module, ABC):
         """Reads what `save_adapter` wrote."""
 
 
+class Unanswered(Exception):
+    """No answer came, though the question is a good one: the service was down, busy or too slow. Ask again later."""
+
+
 class Annotator(ABC):
-    """Rates images like a human annotator who was given the guideline of an aspect."""
+    """Rates images like a human annotator who was given the guideline of an aspect.
+
+    Asking and reading are apart, so that what was answered, and perhaps paid for, is kept as it came.
+    """
+
+    name: str
+    """Recorded with each rating."""
+    version: str
+    """Of its guidelines: with others, questions are new ones."""
+    concurrency: int
+    """How many questions it likes to be asked at once."""
 
     @abstractmethod
-    async def annotate(self, prompt: str, images: Sequence[Image], aspect: Aspect) -> list[Rating]:
-        """One rating from 1 to 5 with its rationale for each image, in order."""
+    async def ask(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Answer:
+        """Shows it image files (PNG, JPEG, WebP) and has it rate them in the order given.
+
+        Raises:
+            Unanswered: no answer came, this time.
+            ValueError: no answer will ever come, whatever is asked: a refused key, an unknown model.
+        """
+
+    @abstractmethod
+    def read(self, answer: str, images: int) -> list[Rating]:
+        """The ratings in an answer, one for each of that many images, in order.
+
+        Raises:
+            ValueError: it has no such ratings; says what is wrong with it.
+        """
+
+    def estimate(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Usage:
+        """What asking would cost; nothing, for whoever is not paid."""
+        return Usage()
+
+    async def annotate(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> list[Rating]:
+        """Asks and reads.
+
+        Raises:
+            Unanswered, ValueError: see `ask` and `read`; ValueError for a refusal too.
+        """
+        answer = await self.ask(prompt, images, aspect)
+        if answer.refused:
+            raise ValueError(f"{self.name} refused to rate images of {prompt[:200]!r}: {answer.text[:500]}")
+        return self.read(answer.text, len(images))
+
+
+class Rewriter(ABC):
+    """Rewrites raw prompts into plain descriptions of what is to be seen. Asking and reading are apart, as above."""
+
+    name: str
+    version: str
+    concurrency: int
+
+    @abstractmethod
+    async def ask(self, prompt: str) -> Answer:
+        """Has one prompt rewritten; raises what `Annotator.ask` does."""
+
+    @abstractmethod
+    def read(self, answer: str, prompt: str) -> str:
+        """The rewritten prompt in an answer.
+
+        Raises:
+            ValueError: there is none that could stand for `prompt`: it is empty, far too long, an excuse.
+        """
+
+    def estimate(self, prompt: str) -> Usage:
+        """What asking would cost."""
+        return Usage()
 
 
 class PromptSource(ABC):
@@ -124,3 +202,7 @@ class PromptSource(ABC):
     @abstractmethod
     def split(self, name: Split) -> list[str]:
         """The prompts of one split, always in the same order."""
+
+    def dropped(self) -> Sequence[Dropped]:
+        """What the source had but left out, and why."""
+        return ()

@@ -70,6 +70,33 @@ class Rating(NamedTuple):
     """Two or three sentences: why."""
 
 
+class Usage(NamedTuple):
+    """What an answer cost, or would."""
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    usd: float = 0.0
+
+
+class Answer(NamedTuple):
+    """What was answered, as it came: it is kept, so that a better reader needs no second asking."""
+
+    text: str
+    usage: Usage = Usage()
+    refused: bool = False
+    """The answer is that there will be none; `text` says why. It may have cost something all the same."""
+
+
+class Dropped(NamedTuple):
+    """A prompt that a source left out."""
+
+    prompt: str
+    reason: str
+    """One of a few words that are counted, such as `duplicate`."""
+    detail: str = ""
+    """What makes this one a case of it."""
+
+
 class PromptBatch(NamedTuple):
     """Prompts to make images for; with images that fit them where a regulariser needs real ones."""
 

@@ -1,16 +1,19 @@
 """The embedded world's judge behind the interface that vision-language models have."""
 
+import io
 import random
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL.Image import Image, Resampling
+from PIL import Image
+from PIL.Image import Resampling
 
+from vp_rl.annotators.answers import read_ratings, write_ratings
 from vp_rl.interfaces import Annotator
 from vp_rl.scenes.judge import Verdict, judge
 from vp_rl.scenes.render import SIZE
-from vp_rl.types import Aspect, Rating
+from vp_rl.types import Answer, Aspect, Rating
 
 _REMEMBERED = 1024  # the judge sees all four aspects at once; they are asked for one by one
 
@@ -23,22 +26,32 @@ class SceneAnnotator(Annotator):
         seed: of that noise, which depends on the image, prompt and aspect and not on the order of calls.
     """
 
+    version = "1"
+    concurrency = 1  # it computes; nothing is waited for
+
     def __init__(self, noise: float = 0.0, seed: int = 0) -> None:
+        self.name = "scene" if noise == 0 else f"scene-noise-{noise}-seed-{seed}"
         if not 0 <= noise <= 1:
             raise ValueError(f"annotator.noise={noise} must be a probability between 0 and 1.")
         self._noise, self._seed = noise, seed
         self._verdicts: dict[tuple[str, bytes], dict[str, Verdict]] = {}
 
-    async def annotate(self, prompt: str, images: Sequence[Image], aspect: Aspect) -> list[Rating]:
+    async def ask(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Answer:
         """One rating for each image.
 
         Raises:
             ValueError: the prompt is not of the embedded world's grammar.
         """
-        return [self._rate(prompt, image, aspect) for image in images]
+        return Answer(write_ratings([self._rate(prompt, image, aspect) for image in images]))
 
-    def _rate(self, prompt: str, image: Image, aspect: Aspect) -> Rating:
-        image = image.convert("RGB")  # first: PIL resizes palette images without interpolation
+    def read(self, answer: str, images: int) -> list[Rating]:
+        """See `read_ratings`."""
+        return read_ratings(answer, images)
+
+    def _rate(self, prompt: str, encoded: bytes, aspect: Aspect) -> Rating:
+        image = Image.open(io.BytesIO(encoded)).convert(
+            "RGB"
+        )  # first: PIL resizes palette images without interpolation
         if image.size != (SIZE, SIZE):
             image = image.resize((SIZE, SIZE), Resampling.BICUBIC)
         pixels = np.asarray(image)

@@ -9,14 +9,13 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from vp_rl.evaluation.accuracy import as_markdown, pairwise_accuracy
 from vp_rl.interfaces import Annotator
 from vp_rl.types import ASPECTS, PreferenceBatch
 from vp_rl.visionprefer.annotate import rate_all
-from vp_rl.visionprefer.generate import to_uint8
+from vp_rl.visionprefer.generate import as_png, to_uint8
 
 
 class AccuracyReport(lightning.Callback):
@@ -65,6 +64,6 @@ class AccuracyReport(lightning.Callback):
         (folder / "summary.json").write_text(json.dumps({"accuracy": summary}, indent=2) + "\n")
 
     def _second_ratings(self) -> np.ndarray:
-        pictures = [[Image.fromarray(image)] for image in np.concatenate(self._images)]
+        pictures = [[as_png(image)] for image in np.concatenate(self._images)]
         rated = asyncio.run(rate_all(self._noisy, self._prompts, pictures, quiet=True))
         return np.array([[row[aspect][0].rating for aspect in ASPECTS] for row in rated], dtype=float)

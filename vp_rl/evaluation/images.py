@@ -8,13 +8,12 @@ from typing import get_args
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
-from PIL import Image
 
 from vp_rl.interfaces import Annotator, Policy, PromptSource, Reward
 from vp_rl.sampler import Sampler
 from vp_rl.types import ASPECTS, Split, take
 from vp_rl.visionprefer.annotate import rate_all
-from vp_rl.visionprefer.generate import to_uint8
+from vp_rl.visionprefer.generate import as_png, to_uint8
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,7 @@ class Evaluator:
 
     def _rate(self, prompts: list[str], pixels: np.ndarray) -> tuple[np.ndarray, list[tuple[str, ...]]]:
         each = len(self.seeds)
-        pictures = [
-            [Image.fromarray(image) for image in pixels[i * each : (i + 1) * each]] for i in range(len(prompts))
-        ]
+        pictures = [[as_png(image) for image in pixels[i * each : (i + 1) * each]] for i in range(len(prompts))]
         rated = asyncio.run(rate_all(self._annotator, prompts, pictures, quiet=True))
         by_image = [[row[aspect][seed] for aspect in ASPECTS] for row in rated for seed in range(each)]
         ratings = np.array([[rating.rating for rating in image] for image in by_image])

@@ -4,6 +4,7 @@ All images wait in memory, as PNG, until all are rated, and a build that is stop
 world, whose build takes minutes. One that resumes, for real models and paid annotators, is a later piece of work.
 """
 
+import asyncio
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +14,7 @@ from typing import get_args
 from vp_rl.interfaces import Annotator, Policy, PromptSource
 from vp_rl.types import ASPECTS, Aspect, Rating, Split
 from vp_rl.visionprefer import schema
-from vp_rl.visionprefer.annotate import rate_png
+from vp_rl.visionprefer.annotate import rate_all
 from vp_rl.visionprefer.generate import Recipe, generate, recipes
 from vp_rl.visionprefer.pairs import pairs
 
@@ -82,7 +83,9 @@ class Builder:
         made: dict[str, list[Recipe]] = {prompt: [] for prompt in prompts}
         for recipe in planned:
             made[recipe.prompt].append(recipe)
-        ratings = rate_png(self.annotator, prompts, [[images[recipe] for recipe in row] for row in made.values()])
+        ratings = asyncio.run(
+            rate_all(self.annotator, prompts, [[images[recipe] for recipe in row] for row in made.values()])
+        )
         rows: dict[Split, list[schema.Row]] = {split: [] for split in SPLITS}
         for (prompt, split), rated in zip(splits.items(), ratings, strict=True):
             rows[split].append(self._row(prompt, split, [(recipe, images[recipe]) for recipe in made[prompt]], rated))

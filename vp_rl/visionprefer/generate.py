@@ -72,7 +72,7 @@ def _by_one(make: Callable[[], Policy], planned: Sequence[Recipe], batch_size: i
         for sampler, members in groups.items():
             for start in range(0, len(members), batch_size):
                 batch = members[start : start + batch_size]
-                yield dict(zip(batch, map(_png, to_uint8(_images(policy, batch, sampler))), strict=True))
+                yield dict(zip(batch, map(as_png, to_uint8(_images(policy, batch, sampler))), strict=True))
 
 
 def _images(policy: Policy, batch: Sequence[Recipe], sampler: Sampler) -> Images:
@@ -86,7 +86,8 @@ def to_uint8(images: Images) -> UInt8[np.ndarray, "batch height width 3"]:
     return rearrange((images * 255).round().to(torch.uint8), "b c h w -> b h w c").cpu().numpy()
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def as_png(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """The image as a file that annotators are shown and datasets keep."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="png")
     return buffer.getvalue()
