@@ -231,6 +231,23 @@ def test_the_adapter_is_back_on_after_the_reference(policy: Policy) -> None:
     assert set(after) == set(adapter(policy))
 
 
+def test_a_merged_adapter_predicts_the_same_and_leaves_every_weight_as_it_was(policy: Policy) -> None:
+    perturb(policy)
+    before = {name: parameter.clone() for name, parameter in policy.named_parameters()}
+    plain = predict(policy)
+    with policy.merged():
+        merged = predict(policy)
+    # Rounding alone: float32 sums of some hundred products, through some ten layers.
+    assert torch.allclose(merged, plain, atol=1e-5 * plain.abs().max().item())
+    assert all(torch.equal(before[name], parameter) for name, parameter in policy.named_parameters())
+    assert torch.equal(predict(policy), plain)
+    with policy.reference():
+        reference = predict(policy)
+        with policy.merged():
+            assert torch.equal(predict(policy), reference)
+    assert not torch.allclose(reference, plain, atol=1e-3 * plain.abs().max().item())
+
+
 def test_gradients_flow_through_what_was_computed_before_the_reference(policy: Policy) -> None:
     perturb(policy)
     expected = gradients(policy)

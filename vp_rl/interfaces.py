@@ -5,7 +5,7 @@ A new one of a kind is one subclass in one file, and one yaml. Implementations a
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import ClassVar
 
@@ -113,6 +113,10 @@ class Policy(nn.Module, ABC):
     def reference(self) -> AbstractContextManager[None]:
         """Inside it the adapter is off: the untrained model, at no memory cost. Leave it before `backward()`."""
 
+    def merged(self) -> AbstractContextManager[None]:
+        """Inside it sampling may be faster; only without gradients, and with the same images to rounding."""
+        return nullcontext()
+
     @abstractmethod
     def save_adapter(self, directory: Path) -> None:
         """Writes the adapter in diffusers' LoRA format: `pipeline.load_lora_weights(directory)` reads it."""
@@ -198,6 +202,9 @@ class Rewriter(ABC):
 
 class PromptSource(ABC):
     """Where prompts come from. A prompt is in one split only."""
+
+    note: ClassVar[str] = ""
+    """What readers of anything that was made from these prompts must know."""
 
     @abstractmethod
     def split(self, name: Split) -> list[str]:

@@ -57,19 +57,21 @@ class Sampler:
         A generator for each row makes rows independent of batching.
         """
         latents = policy.noise(_batch(conditioning), generator)
-        return self._walk(policy, latents, range(self.steps)[:until], conditioning, generator)
+        with policy.merged():
+            return self._walk(policy, latents, range(self.steps)[:until], conditioning, generator)
 
     @torch.no_grad()
     def rollout(self, policy: Policy, conditioning: Conditioning, generator: Generators = None) -> Trajectory:
         """The whole way from noise to finished latents, with the log-probability of each step."""
         latents = policy.noise(_batch(conditioning), generator)
         path, log_probs, stds = [latents], [], []
-        for step in range(self.steps):
-            transition = self.transition(policy, latents, self._at(step, latents), conditioning)
-            latents = self._draw(transition, generator)
-            path.append(latents)
-            log_probs.append(log_prob_of(latents, transition))
-            stds.append(transition.std[0])
+        with policy.merged():
+            for step in range(self.steps):
+                transition = self.transition(policy, latents, self._at(step, latents), conditioning)
+                latents = self._draw(transition, generator)
+                path.append(latents)
+                log_probs.append(log_prob_of(latents, transition))
+                stds.append(transition.std[0])
         return Trajectory(torch.stack(path, 1), torch.stack(log_probs, 1), torch.stack(stds))
 
     @torch.no_grad()
@@ -88,14 +90,15 @@ class Sampler:
         without any, `batch` at a time. So whatever tells them apart is the doing of that one step.
         """
         still = replace(self, eta=0.0)
-        latents = still.sample(policy, conditioning, generator, until=step)
-        parting = repeat(self.transition(policy, latents, self._at(step, latents), conditioning), each)
-        after = self._draw(parting, generator)
-        row = torch.arange(len(latents), device=latents.device).repeat_interleave(each)
-        finished = [
-            still._walk(policy, chunk, range(step + 1, self.steps), take(conditioning, rows))
-            for chunk, rows in zip(after.split(batch), row.split(batch), strict=True)
-        ]
+        with policy.merged():
+            latents = still.sample(policy, conditioning, generator, until=step)
+            parting = repeat(self.transition(policy, latents, self._at(step, latents), conditioning), each)
+            after = self._draw(parting, generator)
+            row = torch.arange(len(latents), device=latents.device).repeat_interleave(each)
+            finished = [
+                still._walk(policy, chunk, range(step + 1, self.steps), take(conditioning, rows))
+                for chunk, rows in zip(after.split(batch), row.split(batch), strict=True)
+            ]
         shape = (len(latents), each)
         return Branches(
             latents,

@@ -13,6 +13,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from torch import Tensor
@@ -33,7 +34,7 @@ class StableDiffusion(Policy):
 
     Args:
         path: hub name, folder in diffusers' format, or `tiny-sd` for the embedded one.
-        lora: what to adapt and at which rank.
+        lora: what to adapt and at which rank; None: nothing, for images only.
         dtype: of the frozen weights: float32, float16 or bfloat16.
         resolution: image height and width in pixels; None is what the model was trained at.
         negative_prompt: what guidance points away from.
@@ -44,7 +45,7 @@ class StableDiffusion(Policy):
     def __init__(
         self,
         path: str,
-        lora: LoraConfig,
+        lora: LoraConfig | None,
         *,
         dtype: str = "float32",
         resolution: int | None = None,
@@ -64,7 +65,9 @@ class StableDiffusion(Policy):
         self.process = DDIM(dict(pipeline.scheduler.config))
         self.requires_grad_(False)
         self.eval()
-        self._add_adapter(lora)
+        self._adapted = lora is not None  # and switched on
+        if lora is not None:
+            self._add_adapter(lora)
         if gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         size = self.unet.config.sample_size * pipeline.vae_scale_factor if resolution is None else resolution
@@ -133,11 +136,39 @@ class StableDiffusion(Policy):
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Adapter off. Always switched back on, since a backward pass with it off silently gives no gradients."""
+        if not self._adapted:
+            yield
+            return
         self.unet.disable_adapters()
+        self._adapted = False
         try:
             yield
         finally:
+            self._adapted = True
             self.unet.enable_adapters()
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """The adapter added into the frozen weights, which saves a third of a tiny denoiser's time.
+
+        Only where these are float32: in half precision small changes would be rounded away. The weights are put back as
+        they were, not computed back, so that nothing accumulates.
+        """
+        layers = [module for module in self.unet.modules() if isinstance(module, LoraLayer)]
+        if not self._adapted or self.unet.dtype != torch.float32 or any(layer.lora_variant for layer in layers):
+            yield
+            return
+        frozen = [layer.get_base_layer().weight for layer in layers]
+        before = [weight.data for weight in frozen]
+        with torch.no_grad():
+            for layer, weight in zip(layers, frozen, strict=True):
+                weight.data = weight.data + layer.get_delta_weight("default")
+        try:
+            with self.reference():
+                yield
+        finally:
+            for weight, data in zip(frozen, before, strict=True):
+                weight.data = data
 
     def save_adapter(self, directory: Path) -> None:
         """`pytorch_lora_weights.safetensors` as diffusers reads it, with the settings needed to scale it right.
