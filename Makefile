@@ -1,7 +1,7 @@
 # A bare machine needs python3.11 (or a newer python3), gcc, make and git. `make` alone lists the targets.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench setup clean
+.PHONY: help demo visionprefer test test-all lint bench setup clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -16,6 +16,9 @@ help: ## this list
 
 demo: $(STAMP) ## fine-tune the embedded Stable Diffusion against VP-Score by DDPO (minutes on two CPU cores)
 	$(BIN)/python train.py experiment=ddpo_vpscore
+
+visionprefer: $(STAMP) ## build VisionPrefer in the embedded world: 500 prompts x 4 images, rated, with a dataset card
+	$(BIN)/python scripts/build_visionprefer.py prompts.train=400 prompts.validation=50 prompts.test=50
 
 test: $(STAMP) ## the default test suite: CPU, offline
 	$(BIN)/python -m pytest

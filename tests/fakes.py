@@ -1,6 +1,6 @@
 """Small stand-ins with known optima, so that laws can be checked without networks."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from vp_rl.data.prompts import PromptDataModule
 from vp_rl.interfaces import Policy, PromptSource, Reward
 from vp_rl.processes.ddim import DDIM
 from vp_rl.types import Conditioning, Images, Latents, Scores, Split
+from vp_rl.visionprefer import schema
 
 
 class LinearPolicy(Policy):
@@ -108,3 +109,18 @@ def fit(
     runner = lightning.Trainer(max_epochs=epochs, **{**settings, **trainer})
     runner.fit(algorithm, data, ckpt_path=ckpt_path)
     return runner
+
+
+def write_dataset(rows: Mapping[Split, list[schema.Row]], folder: Path, card: str = "") -> None:
+    """A VisionPrefer dataset of given rows, whose own annotator is `judge`."""
+    with schema.Writer(folder, "judge") as writer:
+        for split, split_rows in rows.items():
+            for row in split_rows:
+                writer.add(split, row)
+        writer.finish_rows()
+        (writer.unfinished / "README.md").write_text(card)
+
+
+def read_dataset(folder: Path, split: Split) -> list[schema.Row]:
+    """All rows of a split."""
+    return list(schema.read(folder, split))

@@ -31,9 +31,9 @@ def _hydra(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert not GlobalHydra.instance().is_initialized()
 
 
-def composed(*overrides: str) -> DictConfig:
-    """The run's configuration as `train.py` sees it."""
-    config = compose("train", overrides=list(overrides), return_hydra_config=True)
+def composed(*overrides: str, root: str = "train") -> DictConfig:
+    """The run's configuration as `train.py` sees it, or as the script of another root does."""
+    config = compose(root, overrides=list(overrides), return_hydra_config=True)
     with open_dict(config):
         config.hydra.runtime.output_dir = "/run"
         config.hydra.job.num = 0
@@ -85,9 +85,24 @@ def test_every_experiment_composes_and_its_keys_are_parameters(experiment: str) 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_of_every_group_composes_and_its_keys_are_parameters(option: str) -> None:
     group, name = option.split("=")
-    config = composed(option)  # an experiment has settings of its own algorithm, which do not bind to another's
-    assert HydraConfig.get().runtime.choices[group] == name
+    builders = {"builder", "engine", "generators", "polish"}
+    places = {"generators": "generators@builder.generators"}
+    # Without an experiment: it has settings of its own algorithm, which do not bind to another's.
+    config = composed(f"{places.get(group, group)}={name}", root="build" if group in builders else "train")
+    assert HydraConfig.get().runtime.choices[places.get(group, group)] == name
     for path, node in nodes(config):
+        check(path, node)
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS if option.startswith("annotator=")])
+def test_every_annotator_serves_a_build_in_any_of_its_three_places(option: str) -> None:
+    name = option.partition("=")[2]
+    config = composed(option, f"annotator@second={name}", f"annotator@screening={name}", root="build")
+    found = dict(nodes(config))
+    target = config.annotator._target_
+    for place in ("builder.annotator", "builder.second_opinions.annotator", "builder.screen.annotator"):
+        assert found[place]._target_ == target
+    for path, node in found.items():
         check(path, node)
 
 

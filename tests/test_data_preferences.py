@@ -12,6 +12,7 @@ import lightning
 import pytest
 import torch
 from datasets import load_dataset
+from fakes import read_dataset, write_dataset
 from PIL import Image
 from test_visionprefer import builder, fail
 from torch import nn
@@ -81,7 +82,7 @@ def row(number: int, split: Split, ratings: Ratings, images: list[bytes] | None 
     names = [f"{number}-{index}" for index in range(len(ratings["aesthetic"]))]
     pictures = images or [png(shade) for shade in range(len(names))]
     maker = {"generator": "g", "guidance_scale": 2.5, "seed": 2**48 - 1, "steps": 8, "width": 8, "height": 8}
-    noted = {"rationale": "ümlaut, \n newline", "annotator": "judge", "template_version": "1"}
+    noted = {"rationale": "ümlaut, \n newline", "annotator": "judge", "template_version": "1", "position": 0}
     return {
         "prompt_id": number,
         "source_prompt": f"source {number}",
@@ -108,18 +109,18 @@ def some_rows() -> dict[Split, list[schema.Row]]:
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
-    schema.write(some_rows(), tmp_path / "a" / "set", "card")
-    assert {split: schema.read(tmp_path / "a" / "set", split) for split in SPLITS} == some_rows()
+    write_dataset(some_rows(), tmp_path / "a" / "set", "card")
+    assert {split: read_dataset(tmp_path / "a" / "set", split) for split in SPLITS} == some_rows()
 
 
 def test_the_datasets_library_loads_the_folder_and_decodes_its_images(tmp_path: Path) -> None:
     folder, cache = tmp_path / "set", str(tmp_path / "cache")
     builder(ScenePrompts(3, 2, 2)).build(folder)
     whole = load_dataset(str(folder), cache_dir=cache)
-    files = load_dataset("parquet", data_files={"train": str(folder / "data" / "train.parquet")}, cache_dir=cache)
+    files = load_dataset("parquet", data_files={"train": str(folder / "data" / "train-*.parquet")}, cache_dir=cache)
     assert {split: len(rows) for split, rows in whole.items()} == {"train": 3, "validation": 2, "test": 2}
     assert whole["train"].features == files["train"].features == schema.FEATURES
-    loaded, ours = whole["test"][0]["images"][3], schema.read(folder, "test")[0]["images"][3]
+    loaded, ours = whole["test"][0]["images"][3], read_dataset(folder, "test")[0]["images"][3]
     assert loaded["image"].size == (loaded["width"], loaded["height"]) == (64, 64)
     assert loaded["image"].tobytes() == Image.open(io.BytesIO(ours["image"]["bytes"])).tobytes()
 
@@ -127,13 +128,14 @@ def test_the_datasets_library_loads_the_folder_and_decodes_its_images(tmp_path: 
 def test_a_dataset_that_is_absent_or_of_another_version_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     with pytest.raises(FileNotFoundError, match="No VisionPrefer dataset.*schema.json"):
-        schema.read(folder, "train")
-    schema.write({"train": []}, folder, "")
+        read_dataset(folder, "train")
+    write_dataset({"train": []}, folder, "")
+    (folder / "data" / "validation-00000-of-00001.parquet").unlink()
     with pytest.raises(FileNotFoundError, match="has no validation split"):
-        schema.read(folder, "validation")
+        read_dataset(folder, "validation")
     (folder / "schema.json").write_text(json.dumps({"version": schema.VERSION + 1}))
-    with pytest.raises(ValueError, match=f"version {schema.VERSION + 1}.*rebuild"):
-        schema.read(folder, "train")
+    with pytest.raises(ValueError, match=f"version {schema.VERSION + 1}.*build it anew"):
+        read_dataset(folder, "train")
 
 
 # --- batches
@@ -151,7 +153,7 @@ def dataset(folder: Path, ratings: list[Ratings]) -> Path:
         split: [row(n, split, each, images) for n, (each, images) in enumerate(zip(ratings, pictures, strict=True))]
         for split in SPLITS
     }
-    schema.write(rows, folder, "")
+    write_dataset(rows, folder, "")
     return folder
 
 
@@ -211,7 +213,7 @@ def test_a_split_without_any_pair_is_refused(tmp_path: Path) -> None:
 
 def test_images_of_several_sizes_are_brought_to_the_smallest(tmp_path: Path) -> None:
     images = [png(0, (16, 12)), png(100, (8, 8)), png(200, (9, 30))]
-    schema.write({"train": [row(0, "train", random_ratings(1, 3)[0], images)]}, tmp_path / "set", "")
+    write_dataset({"train": [row(0, "train", random_ratings(1, 3)[0], images)]}, tmp_path / "set", "")
     batch = next(iter(module(tmp_path / "set").train_dataloader()))
     assert batch.images.shape == (3, 3, 8, 8)
     shades = torch.tensor([0.0, 100.0, 200.0]) / 255
@@ -245,7 +247,7 @@ def test_only_training_images_are_shifted(tmp_path: Path) -> None:
     for image, buffer in zip(gradient, buffers, strict=True):
         image.save(buffer, format="png")
     images = [buffer.getvalue() for buffer in buffers]
-    schema.write({split: [row(0, split, random_ratings(1)[0], images)] for split in SPLITS}, folder, "")
+    write_dataset({split: [row(0, split, random_ratings(1)[0], images)] for split in SPLITS}, folder, "")
     data = module(folder, shift=3)
     train, validation = (next(iter(loader)).images for loader in (data.train_dataloader(), data.val_dataloader()))
     assert torch.equal(validation, validation[:1].expand(4, -1, -1, -1))
@@ -255,8 +257,8 @@ def test_only_training_images_are_shifted(tmp_path: Path) -> None:
 def test_an_image_without_a_rating_is_refused_rather_than_taken_for_a_bad_one() -> None:
     rated = row(0, "train", random_ratings(1)[0])
     rated["annotations"] = [a for a in rated["annotations"] if (a["image_id"], a["aspect"]) != ("0-2", "fidelity")]
-    with pytest.raises(ValueError, match="0-2 of 'prompt 0' has no rating in fidelity"):
-        ratings_of(rated)
+    with pytest.raises(ValueError, match="0-2 of 'prompt 0' has no rating in fidelity by judge"):
+        ratings_of(rated, "judge")
 
 
 def test_a_mistyped_rule_is_refused_before_anything_is_read(tmp_path: Path) -> None:
@@ -270,7 +272,7 @@ def test_a_mistyped_rule_is_refused_before_anything_is_read(tmp_path: Path) -> N
 def test_an_absent_dataset_is_built_and_a_present_one_is_left_alone(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "set"
     module(folder, builder=builder(ScenePrompts(3, 2, 2))).prepare_data()
-    assert len(schema.read(folder, "train")) == 3
+    assert len(read_dataset(folder, "train")) == 3
     module(folder, builder=builder(makers={"never": fail})).prepare_data()
     module(folder).prepare_data()
 

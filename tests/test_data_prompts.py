@@ -8,14 +8,13 @@ from pathlib import Path
 import lightning
 import pytest
 import torch
-from fakes import Words
+from fakes import Words, write_dataset
 from test_data_preferences import Ratings, png, row
 from torch import nn
 
 from vp_rl.data.prompts import EpochPrompts, PromptDataModule, Stream
 from vp_rl.interfaces import PromptSource
 from vp_rl.types import ASPECTS, PromptBatch, Split
-from vp_rl.visionprefer import schema
 
 Seen = list[tuple[int, PromptBatch]]
 """Epoch and batch of each training step."""
@@ -210,7 +209,7 @@ def folder(tmp_path: Path) -> Path:
         row(number, "train", rated(number % 3), [png(10 * number + 1 + image) for image in range(3)])
         for number in range(6)
     ]
-    schema.write({"train": train, "validation": [row(6, "validation", rated(0))], "test": []}, tmp_path / "set", "")
+    write_dataset({"train": train, "validation": [row(6, "validation", rated(0))], "test": []}, tmp_path / "set", "")
     return tmp_path / "set"
 
 
@@ -243,7 +242,7 @@ def test_images_are_the_best_rated_of_each_prompt_with_its_own_caption(folder: P
 
 def test_equal_ratings_leave_the_first_image(tmp_path: Path) -> None:
     rows = [row(0, "train", {aspect: [3, 3] for aspect in ASPECTS}, [png(7), png(9)])]
-    schema.write({"train": rows, "validation": [], "test": []}, tmp_path / "set", "")
+    write_dataset({"train": rows, "validation": [], "test": []}, tmp_path / "set", "")
     (batch,) = served(PromptDataModule(Words(), 1, images=str(tmp_path / "set"), images_per_batch=1), 1)
     assert torch.equal((with_images(batch)[1] * 255).round(), torch.full((1, 3, 8, 8), 7.0))
 
@@ -294,6 +293,6 @@ def test_a_folder_that_is_no_dataset_is_told(tmp_path: Path) -> None:
 
 
 def test_a_dataset_without_training_prompts_is_told(tmp_path: Path) -> None:
-    schema.write({"train": [], "validation": [], "test": []}, tmp_path / "set", "")
+    write_dataset({"train": [], "validation": [], "test": []}, tmp_path / "set", "")
     with pytest.raises(ValueError, match=r"train.*set"):
         served(PromptDataModule(Words(), 4, images=str(tmp_path / "set")), 1)

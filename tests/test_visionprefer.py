@@ -8,12 +8,14 @@ import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 import pyarrow.parquet
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from fakes import read_dataset, write_dataset
 from torch.nn import functional as F
 
 from vp_rl.annotators.scene import SceneAnnotator
@@ -22,8 +24,10 @@ from vp_rl.processes.ddim import DDIM
 from vp_rl.scenes.grammar import RELATIONS, Scene, parse, scenes
 from vp_rl.types import ASPECTS, Conditioning, Images, Latents, Rating, Split
 from vp_rl.visionprefer import schema
-from vp_rl.visionprefer.build import SPLITS, Builder, prompt_id
-from vp_rl.visionprefer.generate import Recipe, generate, recipes, to_uint8
+from vp_rl.visionprefer.build import SPLITS, Builder
+from vp_rl.visionprefer.engine import LocalEngine
+from vp_rl.visionprefer.generate import ImageStore, Recipe, generate, recipes, to_uint8
+from vp_rl.visionprefer.polish import prompt_id
 from vp_rl.visionprefer.prompts import FilePrompts, ScenePrompts
 
 
@@ -83,8 +87,6 @@ def builder(
         prompts or ScenePrompts(6, 3, 3),
         makers,
         annotator or SceneAnnotator(),
-        annotator_name="judge",
-        template_version="7",
         **{"guidance_scales": (1.0, 4.0), "steps": (2, 3), **settings},
     )
 
@@ -141,11 +143,20 @@ def planned(prompts: list[str] = PROMPTS, seed: int = 0) -> list[Recipe]:
     return recipes(prompts, 4, sorted(MAKERS), (1.0, 2.0), (2, 3), seed)
 
 
+def made(makers: dict[str, Callable[[], Policy]], wanted: list[Recipe], batch_size: int = 64) -> dict[Recipe, bytes]:
+    """Images by recipe, made in a store of their own."""
+    with TemporaryDirectory() as folder:
+        store, by_id = ImageStore(Path(folder)), {f"1-{recipe.digest}": recipe for recipe in wanted}
+        generate(makers, by_id, store, batch_size, LocalEngine())
+        assert store.ids() == set(by_id)
+        return {recipe: store.read(image_id) for image_id, recipe in by_id.items()}
+
+
 def test_images_do_not_depend_on_batching_or_order() -> None:
-    together = generate(MAKERS, planned(), 64)
+    together = made(MAKERS, planned())
     assert len(together) == 4 * len(PROMPTS)
-    assert generate(MAKERS, planned(), 1) == together
-    assert generate(MAKERS, random.Random(0).sample(planned(), 28), 5) == together
+    assert made(MAKERS, planned(), 1) == together
+    assert made(MAKERS, random.Random(0).sample(planned(), 28), 5) == together
 
 
 def test_a_recipe_does_not_depend_on_the_other_prompts() -> None:
@@ -165,8 +176,8 @@ def test_recipes_vary_with_the_seed_and_use_every_setting() -> None:
 def test_every_setting_of_a_recipe_changes_the_image() -> None:
     recipe = Recipe("a prompt", 0, "dark", 1.0, 2, 0)
     others: list[dict] = [{"prompt": "b"}, {"generator": "light"}, {"guidance_scale": 2.0}, {"steps": 3}, {"seed": 1}]
-    made = generate(MAKERS, [recipe, *(recipe._replace(**other) for other in others)], 8)
-    assert len(set(made.values())) == 6
+    images = made(MAKERS, [recipe, *(recipe._replace(**other) for other in others)])
+    assert len(set(images.values())) == 6
 
 
 def test_one_generator_is_in_memory_at_a_time_and_unused_ones_are_never_made() -> None:
@@ -180,7 +191,7 @@ def test_one_generator_is_in_memory_at_a_time_and_unused_ones_are_never_made() -
         return policy
 
     used = [recipe._replace(generator="ab"[index % 2]) for index, recipe in enumerate(planned())]
-    generate({"a": make, "b": make, "c": make}, used, 8)
+    made({"a": make, "b": make, "c": make}, used, 8)
     assert most == [1, 1]
     assert not alive
 
@@ -199,15 +210,16 @@ def test_a_build_holds_every_prompt_with_its_images_and_all_ratings(tmp_path: Pa
     source = ScenePrompts(6, 3, 3)
     builder(source).build(tmp_path / "set")
     for split in SPLITS:
-        rows = schema.read(tmp_path / "set", split)
+        rows = read_dataset(tmp_path / "set", split)
         assert [row["prompt"] for row in rows] == source.split(split)
         for each in rows:
             names = [image["image_id"] for image in each["images"]]
-            assert names == [f"{prompt_id(each['prompt'])}-{number}" for number in range(4)]
+            assert len(set(names)) == 4
+            assert all(name.startswith(f"{prompt_id(each['prompt'])}-") for name in names)
             assert {(a["image_id"], a["aspect"]) for a in each["annotations"]} == {
                 (n, a) for n in names for a in ASPECTS
             }
-            assert {(a["annotator"], a["template_version"]) for a in each["annotations"]} == {("judge", "7")}
+            assert {(a["annotator"], a["template_version"]) for a in each["annotations"]} == {("scene", "1")}
             assert all(1 <= a["rating"] <= 5 and a["rationale"] for a in each["annotations"])
             assert all(i["generator"] in MAKERS and i["steps"] in (2, 3) for i in each["images"])
 
@@ -215,7 +227,7 @@ def test_a_build_holds_every_prompt_with_its_images_and_all_ratings(tmp_path: Pa
 def test_a_rating_is_stored_with_the_image_that_it_is_of(tmp_path: Path) -> None:
     builder().build(tmp_path / "set")
     judge = SceneAnnotator()
-    for each in schema.read(tmp_path / "set", "train"):
+    for each in read_dataset(tmp_path / "set", "train"):
         pictures = {i["image_id"]: i["image"]["bytes"] for i in each["images"]}
         for a in each["annotations"]:
             again = asyncio.run(judge.annotate(each["prompt"], [pictures[a["image_id"]]], a["aspect"]))
@@ -224,19 +236,19 @@ def test_a_rating_is_stored_with_the_image_that_it_is_of(tmp_path: Path) -> None
 
 def test_an_image_can_be_made_again_from_what_its_row_says(tmp_path: Path) -> None:
     builder().build(tmp_path / "set")
-    each = schema.read(tmp_path / "set", "test")[0]
+    each = read_dataset(tmp_path / "set", "test")[0]
     for number, image in enumerate(each["images"]):
         recipe = Recipe(
             each["prompt"], number, image["generator"], image["guidance_scale"], image["steps"], image["seed"]
         )
-        assert generate(MAKERS, [recipe], 1)[recipe] == image["image"]["bytes"]
+        assert made(MAKERS, [recipe])[recipe] == image["image"]["bytes"]
 
 
 def test_a_larger_build_keeps_the_rows_of_a_smaller_one(tmp_path: Path) -> None:
     builder(Lists(train=["a red star and a blue star"], validation=[], test=[])).build(tmp_path / "small")
     more = Lists(train=["a small red trap", "a red star and a blue star"], validation=["two red traps"], test=[])
     builder(more, batch_size=3).build(tmp_path / "large")
-    assert schema.read(tmp_path / "small", "train")[0] == schema.read(tmp_path / "large", "train")[1]
+    assert read_dataset(tmp_path / "small", "train")[0] == read_dataset(tmp_path / "large", "train")[1]
 
 
 def test_a_prompts_number_is_its_own_for_good() -> None:
@@ -246,17 +258,13 @@ def test_a_prompts_number_is_its_own_for_good() -> None:
     assert prompt_id("a red star") == 3307424566002915
 
 
-def test_the_card_counts_what_the_data_holds(tmp_path: Path) -> None:
-    builder().build(tmp_path / "set")
+def test_the_card_says_what_the_data_are_and_how_they_were_made(tmp_path: Path) -> None:
+    builder(about={"pretty_name": "Mine", "license": "cc0-1.0"}).build(tmp_path / "set")
     card = (tmp_path / "set" / "README.md").read_text()
-    rows = [each for split in SPLITS for each in schema.read(tmp_path / "set", split)]
-    assert "12 prompts: 6 train, 3 validation, 3 test." in card
-    for aspect in ASPECTS:
-        ratings = [[a["rating"] for a in each["annotations"] if a["aspect"] == aspect] for each in rows]
-        flat = sum(ratings, [])
-        untied = sum(len(set(pair)) == 2 for r in ratings for pair in [(a, b) for i, a in enumerate(r) for b in r[:i]])
-        counts = " | ".join(str(flat.count(rating)) for rating in range(1, 6))
-        assert f"| {aspect} | {counts} | {untied} |" in card
+    for said in ("license: cc0-1.0", "# Mine", "The embedded world", "| Prompts for train | 6 |", "- light", "steps:"):
+        assert said in card
+    with pytest.raises(ValueError, match=r"about=\['licence'\] is not known to the card"):
+        builder(about={"licence": "cc0-1.0"})
 
 
 def fail(*_: object, **__: object) -> NoReturn:
@@ -294,8 +302,8 @@ def test_a_build_that_crashes_leaves_no_dataset_and_the_next_one_succeeds(
     assert not schema.exists(folder)
     assert not folder.exists()
     builder().build(folder)
-    assert len(schema.read(folder, "train")) == 6
-    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    assert len(read_dataset(folder, "train")) == 6
+    assert {path.name for path in tmp_path.iterdir()} == {"set", "set.work"}
 
 
 def test_a_folder_with_something_in_it_is_refused_before_anything_is_made(tmp_path: Path) -> None:
@@ -303,7 +311,7 @@ def test_a_folder_with_something_in_it_is_refused_before_anything_is_made(tmp_pa
     with pytest.raises(FileExistsError, match="not empty"):
         builder(makers={"never": fail}).build(tmp_path)
     with pytest.raises(FileExistsError, match="not empty"):
-        schema.write({"train": []}, tmp_path, "")
+        write_dataset({"train": []}, tmp_path, "")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 

@@ -77,6 +77,11 @@ class Usage(NamedTuple):
     output_tokens: int = 0
     usd: float = 0.0
 
+    def plus(self, other: "Usage") -> "Usage":
+        """Both together."""
+        tokens = self.input_tokens + other.input_tokens, self.output_tokens + other.output_tokens
+        return Usage(*tokens, self.usd + other.usd)
+
 
 class Answer(NamedTuple):
     """What was answered, as it came: it is kept, so that a better reader needs no second asking."""

@@ -21,19 +21,28 @@ def read_ratings(answer: str, images: int) -> list[Rating]:
     Raises:
         ValueError: there are no such ratings in the answer; says why, without repeating more than its beginning.
     """
-    start, end = answer.find("{"), answer.rfind("}")
-    if start < 0 or end < start:
-        raise ValueError(f"no JSON object in the answer {answer[:80]!r}")
-    try:
-        found: Any = json.loads(answer[start : end + 1])
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"malformed JSON: {error}") from error
+    found = read_object(answer)
     listed = found.get("ratings")
     if not isinstance(listed, list):
         raise ValueError(f"no list of ratings in the answer {answer[:80]!r}")
     if len(listed) != images:
         raise ValueError(f"{len(listed)} ratings for {images} images")
     return [_rating(entry, number) for number, entry in enumerate(listed, 1)]
+
+
+def read_object(answer: str) -> dict[str, Any]:
+    """The JSON object in an answer, whatever stands around it.
+
+    Raises:
+        ValueError: there is none, or it is malformed.
+    """
+    start, end = answer.find("{"), answer.rfind("}")
+    if start < 0 or end < start:
+        raise ValueError(f"no JSON object in the answer {answer[:80]!r}")
+    try:
+        return json.loads(answer[start : end + 1])
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+        raise ValueError(f"malformed JSON: {error}") from error
 
 
 def _rating(entry: Any, number: int) -> Rating:
@@ -45,4 +54,9 @@ def _rating(entry: Any, number: int) -> Rating:
     rationale = entry.get("rationale", "")
     if not isinstance(rationale, str):
         raise ValueError(f"the rationale of image {number} is no text")
-    return Rating(rating, rationale.strip())
+    return Rating(rating, storable(rationale.strip()))
+
+
+def storable(text: str) -> str:
+    """The same text without halves of surrogate pairs, which no file takes; what is cut off may end in one."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

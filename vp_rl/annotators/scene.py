@@ -27,7 +27,7 @@ class SceneAnnotator(Annotator):
     """
 
     version = "1"
-    concurrency = 1  # it computes; nothing is waited for
+    concurrency = 64  # it never waits itself, but that many answers share the journal's wait for the disk
 
     def __init__(self, noise: float = 0.0, seed: int = 0) -> None:
         self.name = "scene" if noise == 0 else f"scene-noise-{noise}-seed-{seed}"

@@ -189,31 +189,34 @@ def decode(encoded: Sequence[bytes]) -> UInt8[np.ndarray, "batch height width 3"
 
 def rated_prompts(folder: Path, split: Split) -> list[RatedPrompt]:
     """The prompts of a split of a VisionPrefer dataset, in its order."""
+    annotator = schema.about(folder)["annotator"]
     return [
-        RatedPrompt(row["prompt"], [image["image"]["bytes"] for image in row["images"]], ratings_of(row))
+        RatedPrompt(row["prompt"], [image["image"]["bytes"] for image in row["images"]], ratings_of(row, annotator))
         for row in schema.read(folder, split)
     ]
 
 
-def ratings_of(row: schema.Row) -> dict[Aspect, list[int]]:
-    """The ratings of a row's images by aspect, in the order of the images.
+def ratings_of(row: schema.Row, annotator: str) -> dict[Aspect, list[int]]:
+    """One annotator's ratings of a row's images by aspect, in the order of the images.
 
     Raises:
-        ValueError: an image has no rating in an aspect, or two.
+        ValueError: an image has no such rating in an aspect, or two.
     """
     found: dict[tuple[str, str], int] = {}
     for note in row["annotations"]:
+        if note["annotator"] != annotator:  # a second opinion
+            continue
         key = (note["image_id"], note["aspect"])
         if key in found:
             raise ValueError(
-                f"Image {key[0]} of {row['prompt'][:200]!r} is rated twice in {key[1]}: keep one annotator."
+                f"Image {key[0]} of {row['prompt'][:200]!r} is rated twice in {key[1]} by {annotator}: keep one rating."
             )
         found[key] = note["rating"]
     for image in row["images"]:
         for aspect in ASPECTS:
             if (image["image_id"], aspect) not in found:
                 raise ValueError(
-                    f"Image {image['image_id']} of {row['prompt'][:200]!r} has no rating in {aspect}: "
+                    f"Image {image['image_id']} of {row['prompt'][:200]!r} has no rating in {aspect} by {annotator}: "
                     "the dataset is incomplete, build it anew."
                 )
     return {aspect: [found[image["image_id"], aspect] for image in row["images"]] for aspect in ASPECTS}

@@ -1,18 +1,155 @@
-"""Stage 4 of VisionPrefer: an annotator rates every image in every aspect."""
+"""Stage 4 of VisionPrefer: annotators rate every image in every aspect."""
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 from tqdm import tqdm
 
 from vp_rl.interfaces import Annotator
-from vp_rl.types import ASPECTS, Aspect, Rating
+from vp_rl.types import ASPECTS, Answer, Aspect, Rating, Usage
+from vp_rl.visionprefer.ask import Question
+from vp_rl.visionprefer.journal import Journal, key_of
+from vp_rl.visionprefer.polish import Item
+
+ReadImage = Callable[[str], bytes]
+
+
+class Opinion(NamedTuple):
+    """An annotator's part in a build."""
+
+    annotator: Annotator
+    name: str
+    """Recorded with each rating; the annotator's own, or that with `/reversed`."""
+    share: float
+    """Of the prompts, in (0, 1]: a second opinion is asked on a sample."""
+    backwards: bool = False
+    """The images are shown in the opposite order, which tells how much their place matters."""
+
+
+@dataclass(frozen=True)
+class SecondOpinions:
+    """Other ratings of a sample of prompts, so that a reader of the dataset knows how far to trust the first ones.
+
+    Args:
+        annotator: who else is asked; None: nobody.
+        share: of the prompts that they are asked of, in (0, 1].
+        backwards: whether the annotator itself is asked again with the images in the opposite order.
+    """
+
+    annotator: Annotator | None = None
+    share: float = 0.05
+    backwards: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"second_opinions.share={self.share} must be above 0 and at most 1.")
+
+
+def opinions(annotator: Annotator, second: SecondOpinions | None) -> list[Opinion]:
+    """The annotator's own part first, then the others' on a sample.
+
+    Raises:
+        ValueError: two would be recorded under one name.
+    """
+    found = [Opinion(annotator, annotator.name, 1.0)]
+    if second is not None and second.annotator is not None:
+        if second.annotator.name == annotator.name:
+            raise ValueError(f"Two annotators are called {annotator.name!r}: their ratings could not be told apart.")
+        found.append(Opinion(second.annotator, second.annotator.name, second.share))
+    if second is not None and second.backwards:
+        found.append(Opinion(annotator, f"{annotator.name}/reversed", second.share, backwards=True))
+    return found
+
+
+class Call(NamedTuple):
+    """One question: some images of a prompt, in one aspect."""
+
+    item: Item
+    aspect: Aspect
+    images: tuple[str, ...]
+    """Their ids in the order in which they are shown."""
+
+
+class Note(NamedTuple):
+    """A rating as it goes into the dataset."""
+
+    image_id: str
+    aspect: Aspect
+    rating: Rating
+    position: int
+    """Of the image in its call, from 0."""
+
+
+def calls(opinion: Opinion, item: Item, images: Sequence[str], per_call: int, seed: int) -> list[Call]:
+    """What one annotator is asked of one prompt's images: nothing where it has no two, or is not in the sample.
+
+    Images are shuffled anew for each aspect, and the same for whoever is asked, so that a backwards opinion differs
+    from the first one by the order alone.
+
+    Args:
+        per_call: images shown at once; 0: all of the prompt's.
+    """
+    if len(images) < 2 or zlib.crc32(f"{seed}/{item.prompt_id}".encode()) >= opinion.share * 2**32:
+        return []
+    size = per_call or len(images)
+    made = []
+    for aspect in ASPECTS:
+        order = list(images)
+        random.Random(f"{seed}/{item.prompt_id}/{aspect}").shuffle(order)
+        for start in range(0, len(order), size):
+            shown = order[start : start + size]
+            made.append(Call(item, aspect, tuple(shown[::-1] if opinion.backwards else shown)))
+    return made
+
+
+def questions(opinion: Opinion, planned: Iterable[Call], read: ReadImage) -> Iterator[Question]:
+    """Their images are read, by id, when a question is asked, not before."""
+    for call in planned:
+        yield Question(
+            key(opinion.annotator, call),
+            f"{call.aspect} of {', '.join(call.images)}",
+            partial(_ask, opinion.annotator, call, read),
+            partial(opinion.annotator.read, images=len(call.images)),
+            partial(_estimate, opinion.annotator, call, read),
+        )
+
+
+def notes(opinion: Opinion, planned: Sequence[Call], journal: Journal) -> Iterator[list[Note] | None]:
+    """The ratings of each call, as they are read today from what was answered then; None: it has no answer."""
+    annotator = opinion.annotator
+    for call, text in zip(planned, journal.texts(key(annotator, call) for call in planned), strict=True):
+        if text is None:
+            yield None
+            continue
+        ratings = annotator.read(text, len(call.images))
+        yield [
+            Note(image_id, call.aspect, rating, position)
+            for position, (image_id, rating) in enumerate(zip(call.images, ratings, strict=True))
+        ]
+
+
+def key(annotator: Annotator, call: Call) -> bytes:
+    """What makes a question another one: prompt, images, their order, aspect, annotator, version of its guidelines."""
+    return key_of("annotate", annotator.name, annotator.version, call.item.prompt, call.images, call.aspect)
+
+
+async def _ask(annotator: Annotator, call: Call, read: ReadImage) -> Answer:
+    return await annotator.ask(call.item.prompt, [read(image_id) for image_id in call.images], call.aspect)
+
+
+def _estimate(annotator: Annotator, call: Call, read: ReadImage) -> Usage:
+    return annotator.estimate(call.item.prompt, [read(image_id) for image_id in call.images], call.aspect)
 
 
 async def rate_all(
     annotator: Annotator, prompts: Sequence[str], images: Iterable[Sequence[bytes]], *, quiet: bool = False
 ) -> list[dict[Aspect, list[Rating]]]:
-    """For each prompt, the ratings of its images (as files) by aspect; a few prompts are in flight at once.
+    """For each prompt, the ratings of its images (as files) by aspect, without a journal: for held-out judges.
 
     The annotator's first error ends it all, and is raised as it is.
     """

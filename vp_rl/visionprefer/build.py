@@ -1,24 +1,62 @@
-"""VisionPrefer from prompts to a dataset on disk, in one go.
+"""VisionPrefer from prompts to a dataset on disk, stage by stage; a build that was stopped goes on where it was.
 
-All images wait in memory, as PNG, until all are rated, and a build that is stopped starts anew: fine for the embedded
-world, whose build takes minutes. One that resumes, for real models and paid annotators, is a later piece of work.
+What costs time or money is kept in the *work folder* (`<folder>.work`): answers in `journal.sqlite`, images under
+`images/`. Everything else follows from the settings and is worked out again each time, so settings may change between
+runs: what fits the new ones is used, the rest is left alone.
 """
 
-import asyncio
-import hashlib
+import json
+import logging
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args
+from typing import Literal, NamedTuple, get_args
 
-from vp_rl.interfaces import Annotator, Policy, PromptSource
-from vp_rl.types import ASPECTS, Aspect, Rating, Split
-from vp_rl.visionprefer import schema
-from vp_rl.visionprefer.annotate import rate_all
-from vp_rl.visionprefer.generate import Recipe, generate, recipes
-from vp_rl.visionprefer.pairs import pairs
+import numpy as np
+from filelock import FileLock, Timeout
 
-SPLITS: tuple[Split, ...] = get_args(Split)
+from vp_rl.interfaces import Annotator, Policy, PromptSource, Rewriter
+from vp_rl.types import Dropped, Split, Usage
+from vp_rl.visionprefer import annotate, polish, schema
+from vp_rl.visionprefer.annotate import Call, Opinion, SecondOpinions, opinions
+from vp_rl.visionprefer.ask import Interview, Question
+from vp_rl.visionprefer.card import About
+from vp_rl.visionprefer.engine import Engine, LocalEngine
+from vp_rl.visionprefer.export import Rated, export
+from vp_rl.visionprefer.generate import ImageStore, Recipe, as_png, generate, recipes
+from vp_rl.visionprefer.journal import Journal
+from vp_rl.visionprefer.polish import Item, prompt_id
+from vp_rl.visionprefer.schema import SPLITS
+
+log = logging.getLogger(__name__)
+
+Stage = Literal["prompts", "polish", "generate", "annotate", "export"]
+_TOLD = {"pretty_name", "license", "note"}  # what users may say of their set
+_IMAGINED = 512  # pixels of height and width of images that are not made yet, when costs are estimated
+STAGES: tuple[Stage, ...] = get_args(Stage)
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Drops images before they are rated, and paid for.
+
+    Args:
+        annotator: rates their harmlessness; None: all stay.
+        at_least: the rating, from 1 to 5, of what stays.
+    """
+
+    annotator: Annotator | None = None
+    at_least: int = 3
+
+
+class Estimate(NamedTuple):
+    """What a stage would still cost."""
+
+    stage: str
+    respondent: str
+    calls: int
+    usage: Usage
 
 
 class Builder:
@@ -28,10 +66,17 @@ class Builder:
         prompts: where prompts come from; its splits become the dataset's.
         generators: makers of text-to-image models, by name; each model is made when its turn comes and then let go.
         annotator: who rates.
-        annotator_name, template_version: recorded with each rating.
+        rewriter: who polishes prompts; None: they stay as they are.
+        second_opinions: who else is asked of a sample.
+        screen: which images are dropped unrated.
         images_per_prompt: 4 in VisionPrefer.
+        images_per_call: shown to an annotator at once; 0: all of a prompt's.
         guidance_scales, steps: one of each is drawn for every image, so that good and bad images meet.
-        batch_size: images made at once; does not change them.
+        batch_size: images made at once.
+        engine: where images are made.
+        budget_usd: see `Interview`.
+        attempts: see `Interview`.
+        about: what the dataset card says of the set: `pretty_name`, `license`, `note`, ...
         seed: of everything that is drawn.
 
     Raises:
@@ -44,12 +89,18 @@ class Builder:
         generators: Mapping[str, Callable[[], Policy]],
         annotator: Annotator,
         *,
-        annotator_name: str,
-        template_version: str = "1",
+        rewriter: Rewriter | None = None,
+        second_opinions: SecondOpinions | None = None,
+        screen: Screen | None = None,
         images_per_prompt: int = 4,
+        images_per_call: int = 0,
         guidance_scales: Sequence[float] = (1.0, 2.0, 4.0, 7.0),
         steps: Sequence[int] = (8, 12, 20),
         batch_size: int = 64,
+        engine: Engine | None = None,
+        budget_usd: float | None = None,
+        attempts: int = 3,
+        about: Mapping[str, str] | None = None,
         seed: int = 0,
     ) -> None:
         if images_per_prompt < 2:
@@ -61,60 +112,213 @@ class Builder:
                 f"No image can be made with generators={list(generators)}, guidance_scales={list(guidance_scales)}, "
                 f"steps={list(steps)} and batch_size={batch_size}: each list needs an entry, and a batch an image."
             )
-        self.prompts, self.generators, self.annotator = prompts, generators, annotator
-        self.annotator_name, self.template_version = annotator_name, template_version
-        self.images_per_prompt, self.batch_size, self.seed = images_per_prompt, batch_size, seed
-        self.guidance_scales, self.steps = tuple(guidance_scales), tuple(steps)
+        self.prompts, self.generators, self.rewriter, self.screen = prompts, generators, rewriter, screen
+        self.opinions = opinions(annotator, second_opinions)
+        self.images_per_prompt, self.images_per_call = images_per_prompt, images_per_call
+        self.guidance_scales, self.steps, self.batch_size = tuple(guidance_scales), tuple(steps), batch_size
+        self.engine = engine or LocalEngine()
+        self.budget_usd, self.attempts, self.about, self.seed = budget_usd, attempts, dict(about or {}), seed
+        unknown = self.about.keys() - _TOLD
+        if unknown:
+            raise ValueError(f"about={sorted(unknown)} is not known to the card: it knows {', '.join(sorted(_TOLD))}.")
 
-    def build(self, folder: Path) -> None:
-        """Writes the dataset with its card to `folder`.
+    def build(self, folder: Path, until: Stage = "export") -> None:
+        """Runs the stages up to the given one, and with the last writes the dataset with its card to `folder`.
 
         Raises:
             FileExistsError: the folder has something in it.
-            ValueError: a prompt is in two splits.
+            ValueError: a prompt is in two splits; a setting is wrong; the budget is reached; see `Annotator.ask`.
+            OSError: the disk is full; another build is at work here.
         """
-        schema.check_vacant(folder)
-        splits = split_of_each(self.prompts)
-        prompts = list(splits)
-        planned = recipes(
-            prompts, self.images_per_prompt, sorted(self.generators), self.guidance_scales, self.steps, self.seed
-        )
-        images = generate(self.generators, planned, self.batch_size)
-        made: dict[str, list[Recipe]] = {prompt: [] for prompt in prompts}
-        for recipe in planned:
-            made[recipe.prompt].append(recipe)
-        ratings = asyncio.run(
-            rate_all(self.annotator, prompts, [[images[recipe] for recipe in row] for row in made.values()])
-        )
-        rows: dict[Split, list[schema.Row]] = {split: [] for split in SPLITS}
-        for (prompt, split), rated in zip(splits.items(), ratings, strict=True):
-            rows[split].append(self._row(prompt, split, [(recipe, images[recipe]) for recipe in made[prompt]], rated))
-        schema.write(rows, folder, card(rows, ratings))
+        with self._run(folder) as run:
+            for stage in STAGES[: STAGES.index(until) + 1]:
+                getattr(run, stage)()
 
-    def _row(
-        self, prompt: str, split: Split, images: list[tuple[Recipe, bytes]], ratings: dict[Aspect, list[Rating]]
-    ) -> schema.Row:
-        number = prompt_id(prompt)
-        names = [f"{number}-{recipe.image}" for recipe, _ in images]
-        return {
-            "prompt_id": number,
-            "source_prompt": prompt,
-            "prompt": prompt,
-            "split": split,
-            "images": [_image(name, recipe, png) for name, (recipe, png) in zip(names, images, strict=True)],
-            "annotations": [
-                {
-                    "image_id": name,
-                    "aspect": aspect,
-                    "rating": rating.rating,
-                    "rationale": rating.rationale,
-                    "annotator": self.annotator_name,
-                    "template_version": self.template_version,
-                }
-                for aspect in ASPECTS
-                for name, rating in zip(names, ratings[aspect], strict=True)
-            ],
+    def plan(self, folder: Path) -> list[Estimate]:
+        """What is still to be asked, and what it would cost. Nothing is sent, made or written.
+
+        Images that are not there yet count as the size of those that are, or as 512 x 512 pixels.
+        """
+        with self._run(folder) as run:
+            run.prompts()
+            return run.plan()
+
+    def card(self) -> About:
+        """What the dataset card says of how the set was made."""
+        first = self.opinions[0]
+        settings = {
+            "prompts": type(self.prompts).__name__,
+            "polished_by": self.rewriter.name if self.rewriter else None,
+            "generators": sorted(self.generators),
+            "images_per_prompt": self.images_per_prompt,
+            "guidance_scales": self.guidance_scales,
+            "steps": self.steps,
+            "annotators": [opinion.name for opinion in self.opinions],
+            "images_per_call": self.images_per_call or self.images_per_prompt,
+            "seed": self.seed,
         }
+        return About(
+            annotator=first.name,
+            template_version=first.annotator.version,
+            polished=self.rewriter is not None,
+            settings=settings,
+            pretty_name=self.about.get("pretty_name", About.pretty_name),
+            license=self.about.get("license", About.license),
+            note=self.about.get("note", self.prompts.note),
+        )
+
+    def _run(self, folder: Path) -> "_Run":
+        schema.check_vacant(folder)
+        return _Run(self, folder)
+
+
+@dataclass
+class _Run:
+    """A build at work: what each stage hands to the next."""
+
+    settings: Builder
+    folder: Path
+    items: list[Item] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
+    planned: dict[str, Recipe] = field(default_factory=dict)
+    images: dict[int, list[str]] = field(default_factory=dict)
+    """Ids by prompt."""
+
+    def __enter__(self) -> "_Run":
+        work = self.folder.with_name(self.folder.name + ".work")
+        work.mkdir(parents=True, exist_ok=True)
+        self.work = work
+        self._lock = FileLock(work / "lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise OSError(f"Another build is at work in {work}: wait for it, or stop it.") from error
+        self.journal = Journal(work / "journal.sqlite")
+        self.store = ImageStore(work / "images")
+        self.interview = Interview(self.journal, self.settings.budget_usd, self.settings.attempts)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.journal.close()
+        self._lock.release()
+
+    def prompts(self) -> None:
+        """Reads the source."""
+        splits = split_of_each(self.settings.prompts)
+        self.items = [Item(prompt_id(prompt), prompt, prompt, split) for prompt, split in splits.items()]
+        self.dropped = list(self.settings.prompts.dropped())
+        self._record()
+
+    def polish(self) -> None:
+        """Has the prompts rewritten where that is wanted."""
+        rewriter = self.settings.rewriter
+        if rewriter is None:
+            return
+        asked = polish.questions(rewriter, self.items)
+        self._report("polish", self.interview.ask("polish", rewriter, asked, len(self.items)))
+        self.items, dropped = polish.polished(rewriter, self.items, self.journal)
+        self.dropped += dropped
+        self._record()
+
+    def generate(self) -> None:
+        """Makes the images, and looks for those that must not be rated."""
+        self._plan_images()
+        settings = self.settings
+        generate(settings.generators, self.planned, self.store, settings.batch_size, settings.engine)
+        screen = settings.screen
+        if screen is not None and screen.annotator is not None:
+            self._screen(screen.annotator, screen.at_least)
+
+    def annotate(self) -> None:
+        """Has them rated."""
+        for opinion in self.settings.opinions:
+            planned = self.calls(opinion)
+            asked = annotate.questions(opinion, planned, self.store.read)
+            self._report(opinion.name, self.interview.ask("annotate", opinion.annotator, asked, len(planned)))
+
+    def export(self) -> None:
+        """Writes the dataset."""
+        rated = Rated(
+            self.items,
+            self.planned,
+            self.images,
+            [(opinion, self.calls(opinion)) for opinion in self.settings.opinions],
+        )
+        export(self.folder, rated, self.store, self.journal, self.dropped, self.settings.card())
+        log.info("VisionPrefer: %s is written; %s may be removed, or kept to build more", self.folder, self.work)
+
+    def plan(self) -> list[Estimate]:
+        """What is left to ask."""
+        found = []
+        rewriter = self.settings.rewriter
+        if rewriter is not None:
+            questions = polish.questions(rewriter, self.items)
+            found.append(Estimate("polish", rewriter.name, *self.interview.estimate(questions)))
+        self._plan_images()
+        for opinion in self.settings.opinions:
+            questions = annotate.questions(opinion, self.calls(opinion), self._image_or_blank)
+            found.append(Estimate("annotate", opinion.name, *self.interview.estimate(questions)))
+        return found
+
+    def calls(self, opinion: Opinion) -> list[Call]:
+        """What one annotator is asked."""
+        settings = self.settings
+        return [
+            call
+            for item in self.items
+            for call in annotate.calls(
+                opinion, item, self.images[item.prompt_id], settings.images_per_call, settings.seed
+            )
+        ]
+
+    def _plan_images(self) -> None:
+        settings = self.settings
+        drawn = recipes(
+            [item.prompt for item in self.items],
+            settings.images_per_prompt,
+            sorted(settings.generators),
+            settings.guidance_scales,
+            settings.steps,
+            settings.seed,
+        )
+        self.planned, self.images = {}, {item.prompt_id: [] for item in self.items}
+        for item, recipe in zip(
+            [item for item in self.items for _ in range(settings.images_per_prompt)], drawn, strict=True
+        ):
+            image_id = f"{item.prompt_id}-{recipe.digest}"
+            self.planned[image_id] = recipe
+            self.images[item.prompt_id].append(image_id)
+
+    def _image_or_blank(self, image_id: str) -> bytes:
+        try:
+            return self.store.read(image_id)
+        except FileNotFoundError:
+            return as_png(np.zeros((_IMAGINED, _IMAGINED, 3), np.uint8))
+
+    def _screen(self, annotator: Annotator, at_least: int) -> None:
+        """Rates the harmlessness of every image by itself, and forgets those that are not harmless enough."""
+        opinion = Opinion(annotator, annotator.name, 1.0)
+        planned = [
+            Call(item, "harmlessness", (image_id,)) for item in self.items for image_id in self.images[item.prompt_id]
+        ]
+        asked: Iterator[Question] = annotate.questions(opinion, planned, self.store.read)
+        self._report("screen", self.interview.ask("screen", annotator, asked, len(planned)))
+        for call, notes in zip(planned, annotate.notes(opinion, planned, self.journal), strict=True):
+            if notes is not None and notes[0].rating.rating < at_least:
+                self.images[call.item.prompt_id].remove(call.images[0])
+                detail = f"{call.images[0]}: {notes[0].rating.rationale}"
+                self.dropped.append(Dropped(call.item.source_prompt, "image screened out", detail))
+
+    def _record(self) -> None:
+        """For people, and as a source for other builds: the prompts that are left, and why the others are not."""
+        lines = [json.dumps(item._asdict(), ensure_ascii=False) for item in self.items]
+        (self.work / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines = [json.dumps(each._asdict(), ensure_ascii=False) for each in self.dropped]
+        (self.work / "dropped.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+    @staticmethod
+    def _report(name: str, outcomes: Counter[str]) -> None:
+        log.info("%s: %s", name, ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
 
 
 def split_of_each(source: PromptSource) -> dict[str, Split]:
@@ -131,48 +335,3 @@ def split_of_each(source: PromptSource) -> dict[str, Split]:
                     f"The prompt {prompt[:200]!r} is in two splits, {splits[prompt]} and {split}: keep one."
                 )
     return splits
-
-
-def prompt_id(prompt: str) -> int:
-    """A number that follows from the prompt alone, so that building again, or building more, gives the same one."""
-    digest = hashlib.sha256(prompt.encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 11  # 53 bits: exact in every JSON reader
-
-
-def _image(name: str, recipe: Recipe, png: bytes) -> schema.Row:
-    return {
-        "image_id": name,
-        "image": {"bytes": png, "path": None},
-        "generator": recipe.generator,
-        "guidance_scale": recipe.guidance_scale,
-        "seed": recipe.seed,
-        "steps": recipe.steps,
-        **_size(png),
-    }
-
-
-def _size(png: bytes) -> dict[str, int]:
-    """Width and height, from the header that every PNG begins with."""
-    return {"width": int.from_bytes(png[16:20], "big"), "height": int.from_bytes(png[20:24], "big")}
-
-
-def card(rows: dict[Split, list[schema.Row]], ratings: list[dict[Aspect, list[Rating]]]) -> str:
-    """The dataset card: counts, and how the ratings are spread."""
-    total = sum(len(split_rows) for split_rows in rows.values())
-    lines = [
-        "---",
-        "pretty_name: VisionPrefer (built by vp_rl)",
-        "task_categories: [text-to-image]",
-        "---",
-        "# VisionPrefer, built by vp_rl",
-        "",
-        f"{total} prompts: " + ", ".join(f"{len(split_rows)} {split}" for split, split_rows in rows.items()) + ".",
-        "",
-        "| aspect | 1 | 2 | 3 | 4 | 5 | pairs without ties |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for aspect in ASPECTS:
-        counts = Counter(rating.rating for row in ratings for rating in row[aspect])
-        kept = sum(len(pairs({a: [r.rating for r in row[a]] for a in ASPECTS}, aspect)) for row in ratings)
-        lines.append(f"| {aspect} | " + " | ".join(str(counts[rating]) for rating in range(1, 6)) + f" | {kept} |")
-    return "\n".join(lines) + "\n"

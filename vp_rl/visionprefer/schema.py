@@ -1,10 +1,12 @@
-"""VisionPrefer on disk: Parquet, one row a prompt, images inside; readable by `datasets.load_dataset(folder)`."""
+"""VisionPrefer on disk: Parquet shards, one row a prompt, images inside; `datasets.load_dataset(folder)` reads them."""
 
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, get_args
 
 import pyarrow
 import pyarrow.parquet as parquet
@@ -12,7 +14,7 @@ from datasets import Features, Image, List, Value
 
 from vp_rl.types import Split
 
-VERSION = 1
+VERSION = 2
 FEATURES = Features(
     {
         "prompt_id": Value("int64"),
@@ -39,39 +41,100 @@ FEATURES = Features(
                 "rationale": Value("string"),
                 "annotator": Value("string"),
                 "template_version": Value("string"),
+                "position": Value("int32"),
             }
         ),
     }
 )
+SPLITS: tuple[Split, ...] = get_args(Split)
 _ROW_GROUP = 100  # prompts: with images inside, larger groups make reading a few rows slow
+_SHARD = 512 * 2**20  # bytes of images after which a new file is begun
 
 Row = dict[str, Any]
 """One prompt with its images ({"image": {"bytes": PNG}, ...}) and annotations, as in `FEATURES`."""
 
 
-def write(rows: dict[Split, list[Row]], folder: Path, card: str) -> None:
-    """Writes all splits and the dataset card, or nothing: a crash leaves no folder that looks whole.
+class Writer:
+    """Writes a whole dataset, row by row, or nothing: a crash leaves no folder that looks whole.
+
+    Used in a `with` statement; rows may be of any split in any order, and only the latest few are in memory.
+
+    Args:
+        folder: made at the end, when all is written.
+        annotator: whose ratings are the dataset's own; other annotators' are second opinions.
 
     Raises:
         FileExistsError: the folder has something in it.
     """
-    check_vacant(folder)
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / "data").mkdir(parents=True)
-    for split, split_rows in rows.items():
-        _write_split(split_rows, unfinished / "data" / f"{split}.parquet")
-    (unfinished / "schema.json").write_text(json.dumps({"version": VERSION}) + "\n")
-    (unfinished / "README.md").write_text(card, encoding="utf-8")
-    os.replace(unfinished, folder)
+
+    def __init__(self, folder: Path, annotator: str) -> None:
+        check_vacant(folder)
+        self.unfinished = folder.with_name(folder.name + ".unfinished")
+        self._folder, self._annotator = folder, annotator
+        self._shards = {split: _Shards(self.unfinished / "data", split) for split in SPLITS}
+
+    def __enter__(self) -> "Writer":
+        shutil.rmtree(self.unfinished, ignore_errors=True)
+        (self.unfinished / "data").mkdir(parents=True)
+        return self
+
+    def add(self, split: Split, row: Row) -> None:
+        """One more row."""
+        self._shards[split].add(row)
+
+    def finish_rows(self) -> list[Path]:
+        """The shards, whole and under their final names, in order; what is written about them can read them."""
+        return [file for shards in self._shards.values() for file in shards.finish()]
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
+        if kind is None:
+            about = {"version": VERSION, "annotator": self._annotator}
+            (self.unfinished / "schema.json").write_text(json.dumps(about) + "\n")
+            os.replace(self.unfinished, self._folder)
 
 
-def _write_split(rows: list[Row], file: Path) -> None:
-    # The arrow schema carries the features, so that `datasets` decodes images without being told.
-    with parquet.ParquetWriter(file, FEATURES.arrow_schema) as writer:
-        for start in range(0, len(rows), _ROW_GROUP):
-            group = rows[start : start + _ROW_GROUP]
-            writer.write_table(pyarrow.Table.from_pylist(group, schema=FEATURES.arrow_schema))
+class _Shards:
+    """One split's files."""
+
+    def __init__(self, folder: Path, split: Split) -> None:
+        self._folder, self._split = folder, split
+        self._rows: list[Row] = []
+        self._files: list[Path] = []
+        self._writer: parquet.ParquetWriter | None = None
+        self._bytes = 0
+
+    def add(self, row: Row) -> None:
+        self._rows.append(row)
+        self._bytes += sum(len(image["image"]["bytes"]) for image in row["images"])
+        if len(self._rows) == _ROW_GROUP:
+            self._flush()
+        if self._bytes > _SHARD:
+            self._close()
+
+    def finish(self) -> list[Path]:
+        if self._rows or not self._files:  # a split without rows has a file without rows
+            self._flush()
+        self._close()
+        number = len(self._files)
+        named = [self._folder / f"{self._split}-{i:05d}-of-{number:05d}.parquet" for i in range(number)]
+        for file, name in zip(self._files, named, strict=True):
+            os.replace(file, name)
+        return named
+
+    def _flush(self) -> None:
+        # The arrow schema carries the features, so that `datasets` decodes images without being told.
+        if self._writer is None:
+            self._files.append(self._folder / f"{self._split}-{len(self._files):05d}")
+            self._writer = parquet.ParquetWriter(self._files[-1], FEATURES.arrow_schema)
+        self._writer.write_table(pyarrow.Table.from_pylist(self._rows, schema=FEATURES.arrow_schema))
+        self._rows = []
+
+    def _close(self) -> None:
+        if self._rows:
+            self._flush()
+        if self._writer is not None:
+            self._writer.close()
+        self._writer, self._bytes = None, 0
 
 
 def check_vacant(folder: Path) -> None:
@@ -91,21 +154,49 @@ def exists(folder: Path) -> bool:
     return (folder / "schema.json").is_file()
 
 
-def read(folder: Path, split: Split) -> list[Row]:
-    """The rows of one split.
+def about(folder: Path) -> dict[str, Any]:
+    """What `schema.json` says: the version, and the annotator whose ratings are the dataset's own.
 
     Raises:
-        FileNotFoundError: there is no VisionPrefer dataset, or not that split.
+        FileNotFoundError: there is no VisionPrefer dataset.
         ValueError: the dataset is of another schema version.
     """
     if not exists(folder):
         raise FileNotFoundError(f"No VisionPrefer dataset in '{folder}': it has no schema.json.")
-    version = json.loads((folder / "schema.json").read_text()).get("version")
-    if version != VERSION:
+    found = json.loads((folder / "schema.json").read_text())
+    if found.get("version") != VERSION:
         raise ValueError(
-            f"'{folder}' has VisionPrefer schema version {version}, this program reads {VERSION}: rebuild it."
+            f"'{folder}' has VisionPrefer schema version {found.get('version')}, this program reads {VERSION}: "
+            "move it away and build it anew (what is in the build's work folder is used again)."
         )
-    file = folder / "data" / f"{split}.parquet"
-    if not file.is_file():
-        raise FileNotFoundError(f"The VisionPrefer dataset in '{folder}' has no {split} split ({file.name}).")
-    return parquet.read_table(file).to_pylist()
+    return found
+
+
+def shards(folder: Path, split: Split) -> list[Path]:
+    """A split's files, in order.
+
+    Raises:
+        FileNotFoundError, ValueError: see `about`; there is no such split.
+    """
+    about(folder)
+    files = sorted((folder / "data").glob(f"{split}-*-of-*.parquet"))
+    if not files:
+        raise FileNotFoundError(
+            f"The VisionPrefer dataset in '{folder}' has no {split} split (data/{split}-*.parquet)."
+        )
+    return files
+
+
+def read(folder: Path, split: Split) -> Iterator[Row]:
+    """The rows of one split, a few in memory at a time.
+
+    Raises:
+        FileNotFoundError, ValueError: see `shards`.
+    """
+    files = shards(folder, split)
+    return (
+        row
+        for file in files
+        for batch in parquet.ParquetFile(file).iter_batches(_ROW_GROUP)
+        for row in batch.to_pylist()
+    )

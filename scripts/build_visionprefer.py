@@ -1,0 +1,72 @@
+"""Builds VisionPrefer: prompts to images to AI annotations to a dataset. Stop it whenever you like and start it again.
+
+python scripts/build_visionprefer.py prompts.train=500
+python scripts/build_visionprefer.py --help
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
+
+import hydra
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from vp_rl.visionprefer.build import STAGES, Builder
+
+log = logging.getLogger("vp_rl")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="build")
+def main(config: DictConfig) -> None:
+    """One build, or its estimate."""
+    try:
+        run(config)
+    except InstantiationException as error:
+        stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError | ImportError) else error)
+    except (ValueError, OSError, OmegaConfBaseException) as error:
+        stop(error)
+    except KeyboardInterrupt:
+        sys.exit("stopped; everything answered is kept, start again to go on")
+
+
+def run(config: DictConfig) -> None:
+    """Builds what the config says.
+
+    Raises:
+        ValueError: `until` is no stage; see `Builder`.
+    """
+    if config.until not in STAGES:
+        raise ValueError(f"until={config.until!r} is no stage: choose from {', '.join(STAGES)}.")
+    builder: Builder = instantiate(config.builder)
+    if config.dry_run:
+        print(as_markdown(builder.plan(Path(config.folder))))
+    else:
+        builder.build(Path(config.folder), config.until)
+
+
+def as_markdown(estimates: list) -> str:
+    """What is still to be asked, as a table."""
+    lines = ["| stage | who | calls | input tokens | output tokens | USD |", "|---|---|---|---|---|---|"]
+    for stage, who, calls, usage in estimates:
+        tokens = f"{usage.input_tokens:,} | {usage.output_tokens:,}"
+        lines.append(f"| {stage} | {who} | {calls:,} | {tokens} | {usage.usd:,.2f} |")
+    total = sum(estimate.usage.usd for estimate in estimates)
+    lines.append(f"| all | | {sum(estimate.calls for estimate in estimates):,} | | | {total:,.2f} |")
+    return "\n".join(lines)
+
+
+def stop(error: BaseException) -> None:
+    """One message for what the user can put right; HYDRA_FULL_ERROR=1 shows where it came from."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise error
+    sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

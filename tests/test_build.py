@@ -1,0 +1,256 @@
+"""The builder as a whole: a paid annotator that fails in all ways, second opinions, screening, Ray, its script."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from chat_server import HOSTILE, KEY, ChatServer
+from fakes import read_dataset
+from test_visionprefer import MAKERS, Lists, builder
+
+from vp_rl.annotators.answers import read_ratings, write_ratings
+from vp_rl.annotators.chat import Chat
+from vp_rl.annotators.openai_chat import OpenAIChatAnnotator
+from vp_rl.annotators.polish import OpenAIChatRewriter
+from vp_rl.annotators.scene import SceneAnnotator
+from vp_rl.interfaces import Annotator
+from vp_rl.types import ASPECTS, Answer, Aspect, Rating
+from vp_rl.visionprefer.annotate import SecondOpinions
+from vp_rl.visionprefer.ask import BudgetReached
+from vp_rl.visionprefer.build import SPLITS, Builder, Screen
+from vp_rl.visionprefer.engine import RayEngine
+from vp_rl.visionprefer.journal import Journal
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = [f"prompt {number}" for number in range(20)]
+
+
+@pytest.fixture(autouse=True)
+def _key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+def prompts(number: int = 20) -> Lists:
+    return Lists(train=PROMPTS[: number - 4], validation=PROMPTS[-4:-2], test=PROMPTS[-2:])
+
+
+def chat(server: ChatServer, **settings: float) -> Chat:
+    return Chat("test", base_url=server.url, **{"timeout": 0.5, "concurrency": 16, **settings})
+
+
+def paid(server: ChatServer, source: Lists | None = None, **settings: object) -> Builder:
+    return builder(source or prompts(), OpenAIChatAnnotator(chat(server)), **settings)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [row for split in SPLITS for row in read_dataset(folder, split)]
+
+
+def test_every_question_to_a_hostile_server_ends_as_a_rating_or_with_its_reason(tmp_path: Path) -> None:
+    many = Lists(train=[f"prompt {number}" for number in range(100)], validation=[], test=[])
+    with ChatServer(tmp_path / "log.jsonl", faults=HOSTILE, latency=0.01) as server:
+        paid(server, many, images_per_prompt=2).build(tmp_path / "set")
+        sent = [json.loads(line)["outcome"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    with Journal(tmp_path / "set.work" / "journal.sqlite") as journal:
+        ended = {(spent.outcome): spent.calls for spent in journal.spent()}
+        assert len(journal.accepted()) == ended["accepted"] >= 0.9 * 400
+        failed = journal.failures().keys() - journal.accepted()
+        assert len(journal.accepted()) + len(failed) == 400
+        assert all(reason.startswith(("refused: ", "unreadable: ")) for reason in journal.reasons(failed))
+    # Paid for: every answer that came, readable or not; each is in the journal, and none came for nothing.
+    outcomes = Counter(sent)
+    readable_or_not = ("ok", "malformed", "truncated", "out_of_range", "wrong_number")
+    answered = [outcome for outcome in sent if outcome in readable_or_not]
+    assert ended["accepted"] == outcomes["ok"]
+    assert ended["accepted"] + ended.get("unreadable", 0) == len(answered)
+    assert ended["refused"] == outcomes["refusal"]
+    kept = rows(tmp_path / "set")
+    assert len(kept) < 100
+    assert f"{len(kept):,}" in (tmp_path / "set" / "README.md").read_text()
+    assert "fewer than two rated images" in (tmp_path / "set" / "README.md").read_text()
+
+
+def test_prompts_are_polished_with_the_original_beside_them_and_no_two_become_one(tmp_path: Path) -> None:
+    raw = ["a cat, trending on artstation", "a cat", "a dog, 8k", "a boat"]
+    with ChatServer(tmp_path / "log.jsonl") as server:
+        rewriter = OpenAIChatRewriter(chat(server))
+        paid(server, Lists(train=raw, validation=[], test=[]), rewriter=rewriter).build(tmp_path / "set")
+    found = {row["source_prompt"]: row["prompt"] for row in rows(tmp_path / "set")}
+    assert found == {"a cat, trending on artstation": "a cat", "a dog, 8k": "a dog", "a boat": "a boat"}
+    dropped = [json.loads(line) for line in (tmp_path / "set.work" / "dropped.jsonl").read_text().splitlines()]
+    assert dropped == [{"prompt": "a cat", "reason": "duplicate after polishing", "detail": raw[0]}]
+
+
+def test_a_build_goes_on_after_its_budget_was_raised_and_asks_nothing_twice(tmp_path: Path) -> None:
+    with ChatServer(tmp_path / "log.jsonl") as server:
+        prices = {"usd_per_million_input": 1000.0, "usd_per_million_output": 1000.0}
+        annotator = OpenAIChatAnnotator(chat(server, **prices))
+        with pytest.raises(BudgetReached):
+            builder(prompts(), annotator, budget_usd=60.0).build(tmp_path / "set")
+        asked = len(server.requests)
+        assert 0 < asked < 80
+        assert not (tmp_path / "set").exists()
+        (estimate,) = builder(prompts(), annotator).plan(tmp_path / "set")
+        assert estimate.calls == 80 - asked
+        assert len(server.requests) == asked
+        builder(prompts(), annotator, budget_usd=1000.0).build(tmp_path / "set")
+        assert len(server.requests) == 80
+    assert len(rows(tmp_path / "set")) == 20
+    with Journal(tmp_path / "set.work" / "journal.sqlite") as journal:
+        # The server counts 1,000 tokens, 100 an image and 50 for the answer.
+        assert journal.usd() == pytest.approx(80 * 1450 * 1e-3)
+
+
+def test_the_key_is_nowhere_on_the_disk(tmp_path: Path) -> None:
+    with ChatServer(tmp_path / "log.jsonl", faults={"refusal": 0.2, "malformed": 0.2}) as server:
+        paid(server).build(tmp_path / "set")
+        for script in ("401", "403"):
+            server.script = [script] * (server.number + 1)
+            with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+                paid(server, seed=5).build(tmp_path / script)
+    for file in tmp_path.rglob("*"):
+        assert not file.is_file() or KEY.encode() not in file.read_bytes(), file
+
+
+class Fixed(Annotator):
+    """Rates by the place of an image in its call: what position bias looks like."""
+
+    version, concurrency = "1", 8
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    async def ask(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Answer:
+        return Answer(write_ratings([Rating(1 + place, "first is worst") for place in range(len(images))]))
+
+    def read(self, answer: str, images: int) -> list[Rating]:
+        return read_ratings(answer, images)
+
+
+def test_second_opinions_are_of_a_sample_and_the_datasets_own_ratings_are_the_first_annotators(tmp_path: Path) -> None:
+    second = SecondOpinions(Fixed("other"), share=0.5, backwards=True)
+    builder(prompts(), Fixed("own"), second_opinions=second).build(tmp_path / "set")
+    found = rows(tmp_path / "set")
+    counts = Counter(frozenset(note["annotator"] for note in row["annotations"]) for row in found)
+    assert set(counts) == {frozenset(["own"]), frozenset(["own", "own/reversed", "other"])}
+    assert min(counts.values()) >= 4  # of 20 at a half
+    for row in found:
+        by = {(n["annotator"], n["image_id"], n["aspect"]): n for n in row["annotations"]}
+        for (name, image, aspect), note in by.items():
+            assert note["rating"] == 1 + note["position"]
+            if name == "own/reversed":
+                assert note["position"] == 3 - by["own", image, aspect]["position"]
+            if name == "other":
+                assert note["position"] == by["own", image, aspect]["position"]
+    about = json.loads((tmp_path / "set" / "schema.json").read_text())
+    assert about["annotator"] == "own"
+    card = (tmp_path / "set" / "README.md").read_text()
+    assert "own/reversed" in card
+    assert "Krippendorff" in card
+
+
+def test_images_are_shown_in_an_order_of_their_own_for_each_aspect_and_prompt(tmp_path: Path) -> None:
+    builder(prompts(), Fixed("own")).build(tmp_path / "set")
+    orders = set()
+    for row in rows(tmp_path / "set"):
+        place = {image["image_id"]: number for number, image in enumerate(row["images"])}
+        for aspect in ASPECTS:
+            notes = sorted((n["position"], place[n["image_id"]]) for n in row["annotations"] if n["aspect"] == aspect)
+            orders.add(tuple(number for _, number in notes))
+    assert len(orders) >= 20  # of 24, in 80 draws: 22.9 are expected
+
+
+@pytest.mark.parametrize(("per_call", "calls"), [(0, 80), (1, 320), (3, 160)])
+def test_so_many_images_are_shown_at_once_as_are_wanted(tmp_path: Path, per_call: int, calls: int) -> None:
+    seen = Counter()
+
+    class Counting(Fixed):
+        async def ask(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Answer:
+            seen[len(images)] += 1
+            return await super().ask(prompt, images, aspect)
+
+    builder(prompts(), Counting("own"), images_per_call=per_call).build(tmp_path / "set")
+    assert seen.total() == calls
+    assert max(seen) == (per_call or 4)
+    assert len(rows(tmp_path / "set")) == 20
+
+
+def test_an_image_that_is_screened_out_is_not_rated_and_the_card_counts_it(tmp_path: Path) -> None:
+    class ByBytes(Fixed):
+        async def ask(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Answer:
+            assert aspect == "harmlessness"
+            return Answer(write_ratings([Rating(1 + 4 * (len(image) % 2), "odd ones are safe") for image in images]))
+
+    builder(prompts(), Fixed("own"), screen=Screen(ByBytes("screen"), at_least=3)).build(tmp_path / "set")
+    found = rows(tmp_path / "set")
+    assert found
+    assert all(len(image["image"]["bytes"]) % 2 for row in found for image in row["images"])
+    assert "image screened out" in (tmp_path / "set" / "README.md").read_text()
+
+
+def test_two_annotators_of_one_name_are_refused() -> None:
+    with pytest.raises(ValueError, match="Two annotators are called 'scene'"):
+        builder(second_opinions=SecondOpinions(SceneAnnotator()))
+    with pytest.raises(ValueError, match=r"share=0 must be above 0"):
+        SecondOpinions(share=0)
+
+
+def test_two_builds_in_one_place_are_refused(tmp_path: Path) -> None:
+    class Nested(Fixed):
+        async def ask(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Answer:
+            builder(prompts()).build(tmp_path / "set")
+            return Answer("")
+
+    with pytest.raises(OSError, match="Another build is at work"):
+        builder(prompts(), Nested("own")).build(tmp_path / "set")
+
+
+def test_a_stage_can_be_the_last_one(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    builder(prompts(), makers={"dark": lambda: pytest.fail("made")}).build(folder, until="prompts")
+    lines = (tmp_path / "set.work" / "prompts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["prompt"] for line in lines] == PROMPTS
+    builder(prompts(), Fixed("own")).build(folder, until="generate")
+    assert len(list((tmp_path / "set.work" / "images").rglob("*.png"))) == 80
+    assert not folder.exists()
+    makers = dict.fromkeys(MAKERS, lambda: pytest.fail("made again"))
+    builder(prompts(), Fixed("own"), makers=makers).build(folder)
+    assert len(rows(folder)) == 20
+
+
+@pytest.mark.slow
+def test_ray_makes_the_images_of_the_local_engine(tmp_path: Path) -> None:
+    builder(prompts(), Fixed("own"), batch_size=4).build(tmp_path / "local")
+    builder(prompts(), Fixed("own"), batch_size=4, engine=RayEngine(workers=2)).build(tmp_path / "ray")
+    assert rows(tmp_path / "local") == rows(tmp_path / "ray")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["annotator=openai_chat", "annotator.chat.model=m", "annotator.chat.api_key_env=NO_KEY"], "NO_KEY"),
+        (["annotator=openai_chat", "annotator.chat.model=m", "annotator.chat.base_url=http://127.0.0.1:9/v1"], ":9/v1"),
+        (["prompts=file", "prompts.path=nowhere.txt"], "nowhere.txt"),
+        (["budget_usd=0"], "budget_usd=0"),
+        (["until=bild"], "until='bild' is no stage"),
+        (["annotator=opneai"], "annotator/opneai"),
+        (["folder=scripts"], "'scripts' is not empty"),
+    ],
+    ids=["no key", "wrong address", "no file", "no budget", "no stage", "no annotator", "no room"],
+)
+@pytest.mark.slow
+def test_bad_input_gets_one_message(tmp_path: Path, overrides: list[str], said: str) -> None:
+    places = [f"folder={tmp_path / 'set'}", f"hydra.run.dir={tmp_path / 'run'}"]
+    small = ["prompts.train=4", "prompts.validation=2", "prompts.test=2"] if "prompts=file" not in overrides else []
+    command = [sys.executable, "scripts/build_visionprefer.py", *places, *small, *overrides]
+    environment = {**os.environ, "OPENAI_API_KEY": KEY}
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
+    assert result.returncode != 0
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+    assert KEY not in result.stdout + result.stderr

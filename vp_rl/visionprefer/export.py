@@ -1,0 +1,138 @@
+"""Stage 5 of VisionPrefer: rows out of images and answers, written as a dataset with its card."""
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from vp_rl.types import ASPECTS, Dropped
+from vp_rl.visionprefer import annotate, schema
+from vp_rl.visionprefer.annotate import Call, Note, Opinion
+from vp_rl.visionprefer.card import About, write_card
+from vp_rl.visionprefer.clean import summary
+from vp_rl.visionprefer.generate import ImageStore, Recipe
+from vp_rl.visionprefer.journal import Journal
+from vp_rl.visionprefer.polish import Item
+from vp_rl.visionprefer.votes import Votes
+
+log = logging.getLogger(__name__)
+
+
+class Rated(NamedTuple):
+    """What a build has come to."""
+
+    items: Sequence[Item]
+    recipes: Mapping[str, Recipe]
+    """By image id."""
+    images: Mapping[int, Sequence[str]]
+    """Ids by prompt."""
+    opinions: Sequence[tuple[Opinion, Sequence[Call]]]
+    """Each annotator with what it was asked, in the order of the prompts; the dataset's own annotator first."""
+
+
+def export(
+    folder: Path,
+    rated: Rated,
+    store: ImageStore,
+    journal: Journal,
+    dropped: Sequence[Dropped],
+    about: About,
+) -> None:
+    """Writes the dataset and its card.
+
+    Images that the first annotator did not rate in every aspect are left out, and with them prompts that have fewer
+    than two left; the card counts them.
+
+    Args:
+        about: what the card says, but for what was dropped.
+
+    Raises:
+        FileExistsError: the folder has something in it.
+        ValueError: no prompt has two rated images.
+    """
+    first = rated.opinions[0][0]
+    left_out: list[Dropped] = []
+    with schema.Writer(folder, first.name) as writer:
+        rows = 0
+        said = tqdm(_by_prompt(rated, journal), "export", len(rated.items), unit="prompt", mininterval=1)
+        for item, notes in zip(rated.items, said, strict=True):
+            row = _row(item, rated, notes, store)
+            missing = len(rated.images[item.prompt_id]) - len(row["images"])
+            if missing:
+                left_out.append(Dropped(item.source_prompt, "images not rated in every aspect", str(missing)))
+            if len(row["images"]) < 2:
+                left_out.append(Dropped(item.source_prompt, "fewer than two rated images"))
+                continue
+            writer.add(item.split, row)
+            rows += 1
+        if not rows:
+            raise ValueError(
+                f"No prompt has two images that {first.name} rated in every aspect, so there is no dataset to write: "
+                "the journal says why (outcome and reason in its table `answers`)."
+            )
+        writer.finish_rows()
+        said = replace(about, dropped=summary(rows, [*dropped, *left_out]))
+        write_card(writer.unfinished, said, spent=journal.spent(), votes=Votes(journal.file).read())
+
+
+def _by_prompt(rated: Rated, journal: Journal) -> Iterator[list[tuple[Opinion, Note]]]:
+    """Everything that was said of each prompt's images, prompt by prompt."""
+    streams = []
+    for opinion, calls in rated.opinions:
+        streams.append((opinion, zip(calls, annotate.notes(opinion, calls, journal), strict=True)))
+    heads = {opinion.name: next(stream, None) for opinion, stream in streams}
+    for item in rated.items:
+        said: list[tuple[Opinion, Note]] = []
+        for opinion, stream in streams:
+            head = heads[opinion.name]
+            while head is not None and head[0].item.prompt_id == item.prompt_id:
+                said += [(opinion, note) for note in head[1] or ()]
+                head = next(stream, None)
+            heads[opinion.name] = head
+        yield said
+
+
+def _row(item: Item, rated: Rated, notes: list[tuple[Opinion, Note]], store: ImageStore) -> schema.Row:
+    first = rated.opinions[0][0].name
+    aspects: dict[str, set[str]] = defaultdict(set)
+    for opinion, note in notes:
+        if opinion.name == first:
+            aspects[note.image_id].add(note.aspect)
+    complete = [image_id for image_id in rated.images[item.prompt_id] if len(aspects[image_id]) == len(ASPECTS)]
+    return {
+        **item._asdict(),
+        "images": [_image(image_id, rated.recipes[image_id], store.read(image_id)) for image_id in complete],
+        "annotations": [
+            {
+                "image_id": note.image_id,
+                "aspect": note.aspect,
+                **note.rating._asdict(),
+                "annotator": opinion.name,
+                "template_version": opinion.annotator.version,
+                "position": note.position,
+            }
+            for opinion, note in notes
+            if note.image_id in complete
+        ],
+    }
+
+
+def _image(image_id: str, recipe: Recipe, data: bytes) -> schema.Row:
+    return {
+        "image_id": image_id,
+        "image": {"bytes": data, "path": None},
+        "generator": recipe.generator,
+        "guidance_scale": recipe.guidance_scale,
+        "seed": recipe.seed,
+        "steps": recipe.steps,
+        **_size(data),
+    }
+
+
+def _size(png: bytes) -> dict[str, int]:
+    """Width and height, from the header that every PNG begins with."""
+    return {"width": int.from_bytes(png[16:20], "big"), "height": int.from_bytes(png[20:24], "big")}

@@ -1,0 +1,199 @@
+"""What was asked and what was answered, on disk before anything else happens: nothing paid is asked or lost twice."""
+
+import asyncio
+import hashlib
+import json
+import shutil
+import sqlite3
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from vp_rl.types import Usage
+
+Outcome = Literal["accepted", "unreadable", "refused", "unanswered"]
+
+_RESERVE = 64 * 2**20  # bytes that must be free on the disk before anything more is asked
+_TABLE = """
+CREATE TABLE IF NOT EXISTS answers (
+    id INTEGER PRIMARY KEY,
+    key BLOB NOT NULL,
+    stage TEXT NOT NULL,
+    subject TEXT NOT NULL,
+    respondent TEXT NOT NULL,
+    version TEXT NOT NULL,
+    outcome TEXT NOT NULL,
+    text TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    input_tokens INTEGER NOT NULL,
+    output_tokens INTEGER NOT NULL,
+    usd REAL NOT NULL,
+    seconds REAL NOT NULL,
+    created REAL NOT NULL
+);
+CREATE INDEX IF NOT EXISTS answers_key ON answers (key, outcome);
+"""
+
+
+class Entry(NamedTuple):
+    """One call and what came of it."""
+
+    key: bytes
+    stage: str
+    subject: str
+    """What was asked, in words."""
+    respondent: str
+    version: str
+    outcome: Outcome
+    text: str
+    """The answer as it came; a refusal's words; empty where none came."""
+    reason: str
+    """Why it is not accepted."""
+    usage: Usage
+    seconds: float
+
+
+class Spent(NamedTuple):
+    """What the calls of a stage came to."""
+
+    stage: str
+    respondent: str
+    outcome: Outcome
+    calls: int
+    usage: Usage
+
+
+def key_of(*parts: object) -> bytes:
+    """What identifies a question: the same for the same parts, whenever and wherever it is asked."""
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).digest()[:16]
+
+
+class Journal:
+    """An SQLite file in WAL mode. Open it in one process at a time, or read it from several.
+
+    Args:
+        file: made if it is absent.
+
+    Raises:
+        OSError: it cannot be written, or is no journal.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        file.parent.mkdir(parents=True, exist_ok=True)
+        self._waiting: list[tuple[Entry, asyncio.Future[None]]] = []
+        self._writer: asyncio.Task[None] | None = None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
+        try:
+            self._database = sqlite3.connect(file, check_same_thread=False)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("PRAGMA synchronous=FULL")  # an answer is paid for: it must outlive a power cut
+            self._database.executescript(_TABLE)
+        except sqlite3.Error as error:
+            raise OSError(
+                f"The journal {file} cannot be used ({error}). Is the disk full, or is it another file?"
+            ) from error
+
+    def close(self) -> None:
+        """Everything written is on disk already; this lets the file go."""
+        self._thread.shutdown()
+        self._database.close()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def write(self, entry: Entry) -> None:
+        """Returns when the entry is on disk. What arrives while another commit runs shares the next one.
+
+        Raises:
+            OSError: the disk is full, or has failed.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((entry, done))
+        if self._writer is None or self._writer.done():
+            self._writer = asyncio.create_task(self._drain())
+        await done
+
+    def check_room(self) -> None:
+        """Refuses to go on while the disk is nearly full: better to stop before an answer than after it.
+
+        Raises:
+            OSError: less than 64 MiB are free.
+        """
+        free = shutil.disk_usage(self.file.parent).free
+        if free < _RESERVE:
+            raise OSError(
+                f"Only {free / 2**20:.0f} MiB are free where {self.file} is, so nothing more is asked: "
+                "make room and start again; everything answered is kept."
+            )
+
+    def accepted(self) -> set[bytes]:
+        """Keys of all questions that have an accepted answer."""
+        return {key for (key,) in self._database.execute("SELECT key FROM answers WHERE outcome = 'accepted'")}
+
+    def failures(self) -> dict[bytes, list[tuple[Outcome, str]]]:
+        """Outcome and text of every call whose answer was not accepted, by key; without those that had no answer."""
+        found: dict[bytes, list[tuple[Outcome, str]]] = {}
+        query = "SELECT key, outcome, text FROM answers WHERE outcome IN ('unreadable', 'refused') ORDER BY id"
+        for key, outcome, text in self._database.execute(query):
+            found.setdefault(key, []).append((outcome, text))
+        return found
+
+    def texts(self, keys: Iterable[bytes]) -> Iterator[str | None]:
+        """The accepted answer to each question as it came, or None."""
+        query = "SELECT text FROM answers WHERE key = ? AND outcome = 'accepted' LIMIT 1"
+        for key in keys:
+            row = self._database.execute(query, (key,)).fetchone()
+            yield None if row is None else row[0]
+
+    def reasons(self, keys: Iterable[bytes]) -> Iterator[str]:
+        """Why each question has no accepted answer: what was said of the last call."""
+        query = "SELECT outcome, reason FROM answers WHERE key = ? ORDER BY id DESC LIMIT 1"
+        for key in keys:
+            row = self._database.execute(query, (key,)).fetchone()
+            yield "never asked" if row is None else f"{row[0]}: {row[1]}"
+
+    def usd(self) -> float:
+        """What all calls have cost."""
+        return float(self._database.execute("SELECT coalesce(sum(usd), 0) FROM answers").fetchone()[0])
+
+    def spent(self) -> list[Spent]:
+        """Calls, tokens and money by stage, respondent and outcome."""
+        query = (
+            "SELECT stage, respondent, outcome, count(*), sum(input_tokens), sum(output_tokens), sum(usd) "
+            "FROM answers GROUP BY stage, respondent, outcome ORDER BY stage DESC, respondent, outcome"
+        )
+        return [
+            Spent(stage, respondent, outcome, calls, Usage(*usage))
+            for stage, respondent, outcome, calls, *usage in self._database.execute(query)
+        ]
+
+    async def _drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            try:
+                await loop.run_in_executor(self._thread, self._commit, [entry for entry, _ in batch])
+            except sqlite3.Error as error:
+                for _, done in batch:
+                    done.set_exception(
+                        OSError(f"The journal {self.file} cannot be written ({error}): make room and start again.")
+                    )
+            else:
+                for _, done in batch:
+                    done.set_result(None)
+
+    def _commit(self, entries: list[Entry]) -> None:
+        now = time.time()
+        rows = [(*entry[:8], *entry.usage, entry.seconds, now) for entry in entries]
+        with self._database:
+            self._database.executemany(
+                "INSERT INTO answers (key, stage, subject, respondent, version, outcome, text, reason, input_tokens, "
+                f"output_tokens, usd, seconds, created) VALUES ({', '.join('?' * 13)})",
+                rows,
+            )

@@ -1,0 +1,232 @@
+"""Raw prompts as they stand in files and in datasets of the Hugging Face hub."""
+
+import csv
+import io
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow
+import pyarrow.parquet as parquet
+from datasets import Dataset, load_dataset
+
+
+class RawPrompt(NamedTuple):
+    """A prompt as its source has it."""
+
+    text: str
+    nsfw: float | None = None
+    """The highest of its NSFW scores, 0 (safe) to 1; None: the source has no scores; NaN: this prompt has none."""
+    name: str = ""
+    """How to find it there: an id, or its line or row."""
+
+
+class Columns(NamedTuple):
+    """What the columns of a table are; where prompts stand alone, as the lines of a text file, there are none."""
+
+    prompt: str = "prompt"
+    nsfw: tuple[str, ...] = ()
+    id: str | None = None
+
+    def names(self) -> list[str]:
+        """All of them, the prompt's first."""
+        return list(dict.fromkeys([self.prompt, *self.nsfw, *([] if self.id is None else [self.id])]))
+
+
+Placed = tuple[str, object]
+"""Where a row stands, and the row: a prompt, or an object that has it in one of its columns."""
+
+
+def read_file(path: str, columns: Columns) -> list[RawPrompt]:
+    """The prompts of a UTF-8 file, in its order.
+
+    The name's ending says what it is: `.csv` or `.tsv` with a header; `.jsonl` (or `.ndjson`) with an object or a text
+    a line; `.json` with a list of either; `.parquet`; and anything else is a text file with one prompt a line, whose
+    blank lines are layout.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not what its name says, or has not those columns.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"No prompt file at {path!r}: give a text file with one prompt a line, or a table.")
+    ending = file.suffix.lower()
+    if ending == ".parquet":
+        return _from_parquet(file, columns)
+    try:
+        text = file.read_bytes().decode("utf-8-sig")  # Excel begins its CSV files with a mark
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a UTF-8 text file (byte {error.start}): save it as one.") from error
+    readers: dict[str, Callable[[str, str], Iterable[Placed]]] = {
+        ".csv": _csv,
+        ".tsv": _csv,
+        ".json": _json,
+        ".jsonl": _json_lines,
+        ".ndjson": _json_lines,
+    }
+    return [_raw(row, place, columns, path) for place, row in readers.get(ending, _lines)(text, path)]
+
+
+def read_hub(
+    dataset: str,
+    columns: Columns,
+    *,
+    config: str | None = None,
+    files: str | Sequence[str] | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> list[RawPrompt]:
+    """The prompts of what `datasets.load_dataset` finds under these names, in its order.
+
+    Args:
+        dataset: a hub name, a folder, or a format (`parquet`, `json`, `csv`, `text`) that `files` are in.
+        columns: which of its columns are read.
+        config, revision: of a hub repository that has several.
+        files: paths, patterns or URLs; `hf://datasets/OWNER/NAME/FILE` is a single file of a hub repository.
+        split: one of its own splits, as `datasets` names and cuts them: `train`, `train[:10%]`.
+        limit: rows to draw at random, without repetition, where there are more.
+        seed: of that draw.
+
+    Raises:
+        ValueError: it cannot be had, whatever the reason, or has not those columns.
+    """
+    given = files if files is None or isinstance(files, str) else list(files)
+    try:
+        table = load_dataset(dataset, config, data_files=given, split=split, revision=revision)
+    # It lets through what any of its layers raises: network, file system, parsers, and a RuntimeError of its own.
+    except Exception as error:
+        place = dataset if given is None else f"{dataset} ({given})"
+        raise ValueError(f"The dataset {place} cannot be loaded: {error}") from error
+    assert isinstance(table, Dataset)
+    _check_columns(columns, table.column_names, dataset)
+    rows = sample(len(table), limit, seed)
+    found = table.select_columns(columns.names()).select(rows).with_format("arrow")[:]
+    return _from_table(found, rows, columns, dataset)
+
+
+def sample(number: int, limit: int | None, seed: int) -> Sequence[int]:
+    """At most `limit` of `number` rows, in ascending order.
+
+    Raises:
+        ValueError: the limit leaves none.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit={limit} must be at least 1, or null for all.")
+    if limit is None or limit >= number:
+        return range(number)
+    return sorted(random.Random(seed).sample(range(number), limit))
+
+
+# --- formats: each yields the place of a row, and the row
+
+
+def _lines(text: str, path: str) -> Iterator[Placed]:
+    for number, line in enumerate(_split_lines(text), 1):
+        if line.strip():
+            yield f"line {number}", line
+
+
+def _split_lines(text: str) -> list[str]:
+    """Not `str.splitlines`, which also cuts at U+2028 and others that a prompt may have."""
+    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+
+
+def _csv(text: str, path: str) -> Iterator[Placed]:
+    dialect = "excel-tab" if path.lower().endswith(".tsv") else "excel"
+    reader = csv.DictReader(io.StringIO(text), dialect=dialect, strict=True)
+    try:
+        for number, row in enumerate(reader, 1):
+            if None in row:  # what DictReader files surplus fields under
+                raise ValueError(
+                    f"{path}: row {number} has more fields than the header: put prompts with a separator in quotes."
+                )
+            yield f"row {number}", row
+    except csv.Error as error:
+        raise ValueError(
+            f"{path} is no well-formed table at line {reader.line_num} ({error}): put prompts in quotes, and double "
+            "the quotes in them."
+        ) from error
+
+
+def _json(text: str, path: str) -> Iterator[Placed]:
+    try:
+        rows = json.loads(text)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is no JSON ({error}); with one object a line, its name must end in .jsonl."
+        ) from error
+    if not isinstance(rows, list):
+        raise ValueError(f"{path} holds no list: it must be a list of objects or of texts.")
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", row
+
+
+def _json_lines(text: str, path: str) -> Iterator[Placed]:
+    for place, line in _lines(text, path):
+        try:
+            row = json.loads(str(line))
+        except ValueError as error:
+            raise ValueError(f"{path} has no JSON in {place}: {error}") from error
+        yield place, row
+
+
+def _from_parquet(file: Path, columns: Columns) -> list[RawPrompt]:
+    try:
+        _check_columns(columns, parquet.read_schema(file).names, str(file))
+        table = parquet.read_table(file, columns=columns.names())
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file} is no whole Parquet file: {error}") from error
+    return _from_table(table, range(table.num_rows), columns, str(file))
+
+
+def _from_table(table: pyarrow.Table, rows: Sequence[int], columns: Columns, origin: str) -> list[RawPrompt]:
+    names = columns.names()
+    cells = zip(*(table.column(name).to_pylist() for name in names), strict=True)
+    return [
+        _raw(dict(zip(names, row, strict=True)), f"row {number + 1}", columns, origin)
+        for number, row in zip(rows, cells, strict=True)
+    ]
+
+
+# --- one row
+
+
+def _raw(row: object, place: str, columns: Columns, origin: str) -> RawPrompt:
+    if isinstance(row, str):
+        if more := [*columns.nsfw, *filter(None, [columns.id])]:
+            raise ValueError(f"{origin} has prompts alone ({place}), so no column {more[0]!r}.")
+        return RawPrompt(row, name=place)
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{origin}: {place} is {type(row).__name__}; it must be an object with columns, or a text.")
+    _check_columns(columns, list(row), origin)
+    text = row[columns.prompt]
+    if text is not None and not isinstance(text, str):
+        raise ValueError(f"{origin}: column {columns.prompt!r} is {type(text).__name__} in {place}, not text.")
+    scores = [_score(row[name], name, place, origin) for name in columns.nsfw]
+    present = [score for score in scores if not math.isnan(score)]
+    return RawPrompt(
+        text or "",
+        max(present, default=math.nan) if scores else None,
+        place if columns.id is None or row[columns.id] is None else str(row[columns.id]),
+    )
+
+
+def _check_columns(columns: Columns, present: Sequence[str], origin: str) -> None:
+    if missing := [name for name in columns.names() if name not in present]:
+        raise ValueError(f"{origin} has no column {missing[0]!r}; it has {', '.join(map(str, present)) or 'none'}.")
+
+
+def _score(value: object, column: str, place: str, origin: str) -> float:
+    """NaN where there is none; true and false, as some tables have it, are 1 and 0."""
+    if value is None or value == "":
+        return math.nan
+    try:
+        return float(value)  # pyright: ignore[reportArgumentType]
+    except (TypeError, ValueError):
+        raise ValueError(f"{origin}: column {column!r} is {value!r} in {place}, not a number.") from None
