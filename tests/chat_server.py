@@ -39,6 +39,9 @@ _ERRORS: dict[str, tuple[int, Any]] = {  # as the servers in the comments word t
     "403_flagged": (403, {"error": {"message": "Your input was flagged by moderation", "code": 403}}),  # OpenRouter
     "404_model": (404, {"object": "error", "message": "The model `m` does not exist.", "code": 404}),  # vLLM
     "404_pull": (404, {"error": {"message": 'model "m" not found, try pulling it first'}}),  # Ollama
+    "404_code": (404, {"error": {"message": "Nothing here", "code": "model_not_found"}}),
+    "404_azure": (404, {"error": {"message": "The API deployment for this resource does not exist.", "code": "x"}}),
+    "404_endpoints": (404, {"error": {"message": "No endpoints found for m.", "code": 404}}),  # OpenRouter
     "400_model": (400, {"error": {"message": "m is not a valid model ID", "code": 400}}),  # OpenRouter
     "404_route": (404, {"detail": "Not Found"}),  # FastAPI
     "400_image": (

@@ -148,7 +148,7 @@ FATAL = [
     ("403", "refuses the key .*Country"),
     ("404_model", "no model 'm'.*chat.model"),
     ("404_pull", "no model 'm'.*try pulling"),
-    ("400_model", "no model 'm'"),
+    *[(outcome, "no model 'm'") for outcome in ("400_model", "404_code", "404_azure", "404_endpoints")],
     ("404_route", "no chat-completions API at .*chat.base_url.*/v1"),
     ("html", "no chat-completions API"),
     ("redirect", "no chat-completions API at .*302"),

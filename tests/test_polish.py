@@ -140,6 +140,7 @@ def test_an_excuse_is_no_prompt(text: str) -> None:
         ("「猫」", "in quotes"),
         ("a cat\non a mat", "more than one line"),
         ("a cat\u2028on a mat", "more than one line"),
+        ("a cat\u2029on a mat", "more than one line"),
         ("a cat \x1b[31m", "cannot be printed"),
         ("a cat \ud83d", "cannot be printed"),
         ("**a cat** on a mat", "markdown"),

@@ -238,9 +238,10 @@ def test_a_limit_draws_rows_and_keeps_their_order(kind: str, tmp_path: Path) -> 
     def drawn(seed: int) -> list[str]:
         return maker(limit=25, seed=seed, validation=0, test=0).split("train")
 
-    assert len(drawn(1)) == 25
-    assert drawn(1) == drawn(1) == [text for text in texts if text in drawn(1)]
-    assert drawn(1) != drawn(2)
+    first = drawn(1)
+    assert len(first) == 25
+    assert first == drawn(1) == [text for text in texts if text in first]
+    assert first != drawn(2)
     with pytest.raises(ValueError, match="limit=0 must be at least 1"):
         maker(limit=0)
 
@@ -315,10 +316,10 @@ def test_real_prompts_are_clean_after_one_pass() -> None:
 
 
 def test_the_number_of_exact_duplicates_does_not_depend_on_the_order() -> None:
-    given = noisy(number=200)
+    given = noisy(number=100)
     words = {normalise(prompt.text).casefold() for prompt in given}
     empty = sum(not normalise(prompt.text) for prompt in given)
-    for seed in range(5):
+    for seed in range(3):
         random.Random(seed).shuffle(given)
         found = reasons(Cleaner().clean(given)[1])
         assert found["empty"] == empty

@@ -21,7 +21,7 @@ _THIS_ONE_ONLY = {  # codes of errors that another question would not meet
     "image_content_policy_violation",
 }
 _NO_SUCH_MODEL = re.compile(
-    r"(no such|unknown|invalid|not a valid) model|model\b.*\b(not found|does not exist|unknown)"
+    r"(no such|unknown|invalid|not a valid) model|(model|deployment)\b.*\b(not found|does not exist)|no endpoints found"
 )
 _HINTS = {  # what servers and models do not know of, and how to do without
     "response_format": "chat servers without JSON schemas: structured=json_object, or structured=none",
@@ -47,7 +47,7 @@ def complaint(body: Any) -> tuple[str, str]:
     if not isinstance(found, dict):
         return "", str(found or "")
     code = str(found.get("code") or found.get("type") or "")
-    return code, str(found.get("message") or found.get("detail") or found)
+    return code, str(found.get("message") or found)
 
 
 def sort_out(status: int, code: str, text: str, server: Server) -> Answer | Unanswered | ValueError:
@@ -73,7 +73,7 @@ def sort_out(status: int, code: str, text: str, server: Server) -> Answer | Unan
         return ValueError(
             f"The model {server.model!r} takes no images, or not these ({said}): choose one with vision (chat.model)."
         )
-    if "model_not_found" in code or _NO_SUCH_MODEL.search(lowered) or (status == 404 and "model" in lowered):
+    if code == "model_not_found" or _NO_SUCH_MODEL.search(lowered):
         return ValueError(
             f"{server.base_url} has no model {server.model!r} ({said}): correct chat.model, "
             f"or see what there is: curl {server.base_url.rstrip('/')}/models"
