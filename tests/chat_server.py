@@ -158,7 +158,10 @@ class ChatServer:
         rng = random.Random(f"{self.seed}|{number}")  # of the wrong answers
         self.in_flight += 1
         try:
-            body = await request.json()
+            try:
+                body = await request.json()
+            except ConnectionError:  # the client gave up while it was sending
+                return web.Response()
             question = _question(body)
             outcome = self._outcome(number, request, question["kind"])
             entry = {

@@ -538,7 +538,7 @@ def test_nothing_in_a_prompt_breaks_the_table_or_is_read_as_markup() -> None:
     assert len(lines) == 4
     assert {line.count("|") for line in lines} == {5}
     assert not re.search(r"[<>`\[\]\\]", lines[3])
-    assert "z" * 59 + "…" in lines[3]
+    assert f'"{"z" * 59}…"' in lines[3]
 
 
 def test_unsafe_prompts_are_not_shown() -> None:
