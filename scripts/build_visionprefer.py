@@ -17,7 +17,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from vp_rl.visionprefer import schema
 from vp_rl.visionprefer.build import STAGES, Builder
+from vp_rl.visionprefer.export import push
 
 log = logging.getLogger("vp_rl")
 
@@ -39,15 +41,19 @@ def run(config: DictConfig) -> None:
     """Builds what the config says.
 
     Raises:
-        ValueError: `until` is no stage; see `Builder`.
+        ValueError, OSError: `until` is no stage; see `Builder` and `push`.
     """
     if config.until not in STAGES:
         raise ValueError(f"until={config.until!r} is no stage: choose from {', '.join(STAGES)}.")
-    builder: Builder = instantiate(config.builder)
-    if config.dry_run:
-        print(as_markdown(builder.plan(Path(config.folder))))
-    else:
-        builder.build(Path(config.folder), config.until)
+    folder = Path(config.folder)
+    if config.push_to is None or not schema.exists(folder):
+        builder: Builder = instantiate(config.builder)
+        if config.dry_run:
+            print(as_markdown(builder.plan(folder)))
+            return
+        builder.build(folder, config.until)
+    if config.push_to is not None:
+        log.info("VisionPrefer: %s is at %s", folder, push(folder, config.push_to))
 
 
 def as_markdown(estimates: list) -> str:

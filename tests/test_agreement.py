@@ -60,6 +60,15 @@ def test_tau_is_scipys_averaged_over_prompts() -> None:
     assert found.prompts == np.count_nonzero(~np.isnan(expected)) < 40
 
 
+def test_only_images_that_both_have_rated_are_ranked() -> None:
+    whole = several(prompts=30, images=6)
+    gaps = whole.copy()
+    gaps[0, :, 0] = gaps[1, :, 3] = 0
+    common = whole[:, :, [1, 2, 4, 5]]
+    for part in ("tau", "alike"):
+        assert getattr(agreement(gaps)["fidelity"], part) == getattr(agreement(common)["fidelity"], part)
+
+
 def test_pairs_ordered_alike_are_those_that_neither_has_tied() -> None:
     one, other = np.array([[[5, 4, 3, 3]], [[3, 4, 5, 1]]])
     found = agreement(np.repeat(np.stack([one, other])[..., None], 4, -1))["fidelity"].alike

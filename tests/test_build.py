@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from chat_server import HOSTILE, KEY, ChatServer
 from fakes import read_dataset
+from huggingface_hub import HfApi
 from test_visionprefer import MAKERS, Lists, builder
 
 from vp_rl.annotators.answers import read_ratings, write_ratings
@@ -24,6 +25,7 @@ from vp_rl.visionprefer.annotate import SecondOpinions
 from vp_rl.visionprefer.ask import BudgetReached
 from vp_rl.visionprefer.build import SPLITS, Builder, Screen
 from vp_rl.visionprefer.engine import RayEngine
+from vp_rl.visionprefer.export import push
 from vp_rl.visionprefer.journal import Journal
 
 ROOT = Path(__file__).parents[1]
@@ -221,6 +223,22 @@ def test_a_stage_can_be_the_last_one(tmp_path: Path) -> None:
     makers = dict.fromkeys(MAKERS, lambda: pytest.fail("made again"))
     builder(prompts(), Fixed("own"), makers=makers).build(folder)
     assert len(rows(folder)) == 20
+
+
+def test_a_finished_dataset_is_pushed_and_anything_else_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[tuple] = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda self, name, **how: done.append((name, how)) or f"hub/{name}")
+    monkeypatch.setattr(HfApi, "upload_folder", lambda self, **what: done.append(what))
+    with pytest.raises(FileNotFoundError, match="No VisionPrefer dataset"):
+        push(tmp_path / "set", "me/mine")
+    assert not done
+    builder(prompts(), Fixed("own")).build(tmp_path / "set")
+    assert push(tmp_path / "set", "me/mine") == "hub/me/mine"
+    assert done[0] == ("me/mine", {"repo_type": "dataset", "private": True, "exist_ok": True})
+    assert done[1] == {"repo_id": "me/mine", "folder_path": tmp_path / "set", "repo_type": "dataset"}
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="could not be uploaded to 'no such name'"):
+        push(tmp_path / "set", "no such name")
 
 
 @pytest.mark.slow

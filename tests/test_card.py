@@ -126,6 +126,15 @@ def test_addresses_do_not_become_links_by_themselves() -> None:
         assert words(rendered(escape(text))) == text
 
 
+def test_no_character_is_left_that_could_start_a_tag_or_a_cell() -> None:
+    assert not re.search(r"[<>|`\n\\\[\]]", escape(HOSTILE + "`|<\\"))
+    assert not re.search(r"&(?!#\d+;)", escape(HOSTILE))
+
+
+def test_characters_that_cannot_be_seen_are_left_out() -> None:
+    assert escape("a\x00b\u202ec\ud800d\u2028e") == "a b c d e"
+
+
 def test_names_with_underscores_stay_readable_in_the_raw_file() -> None:
     assert escape("stable_diffusion_v1_5") == "stable_diffusion_v1_5"
     assert escape("a red star, and 2 blue ones (small)") == "a red star, and 2 blue ones (small)"
@@ -140,7 +149,7 @@ def test_code_cannot_be_left() -> None:
         page = rendered(f"x {code(text)} y")
         assert words(page).replace(" ", "") == "x" + "".join(text.split()) + "y"
         assert page.count("<") == 4
-        assert rendered(fenced(text + "\n# Title", "yaml")).count("<h1>") == 0
+        assert rendered(fenced(f"x\n{text}\n# Title", "yaml")).count("<h1>") == 0
 
 
 def test_numbers_have_intervals_where_there_are_any() -> None:
@@ -214,7 +223,10 @@ def test_the_size_is_one_of_the_hubs_classes(rows: int, size: str) -> None:
 
 
 def test_every_picture_is_there_and_as_wide_as_a_readme(tmp_path: Path) -> None:
-    text = write_card(dataset(tmp_path, train=6), About(annotator="judge")).read_text()
+    rows = [row(each) for each in range(6)]
+    for image in (image for each in rows for image in each["images"]):
+        image["generator"] += " 红 $\\frac$"  # what the font lacks, and what would be a formula
+    text = write_card(dataset(tmp_path, *rows), About(annotator="judge")).read_text()
     named = re.findall(r"!\[[^\]]+\]\(([^)]+)\)", text)
     assert set(named) == {f"card/{file.name}" for file in (tmp_path / "card").iterdir()}
     assert len(named) == 6
@@ -241,6 +253,7 @@ def test_the_numbers_are_those_of_the_statistics(tmp_path: Path) -> None:
     ):
         assert line in text
     aesthetic = found.histogram[1]
+    assert "steps 20 |" not in text  # all images have as many
     mean = f"{sum((i + 1) * n for i, n in enumerate(aesthetic)) / 90:.2f}"
     assert f"| Aesthetic | {' | '.join(map(str, aesthetic))} | {mean} |" in text
 
@@ -298,7 +311,8 @@ def test_sections_are_there_only_where_there_is_something_to_say(tmp_path: Path)
     assert "| annotate | judge | accepted | 7 | 1,000 | 20 | 0.50 |" in text
     assert "| all |  |  | 7 | 1,000 | 20 | 0.50 |" in text
     assert "\n| *b* |\n" in text
-    assert text.count("| other |") == 4  # one for each aspect; the reversed one is not another annotator
+    assert text.count("| other |") == 4  # one for each aspect
+    assert "| judge/reversed |" not in text  # it is no other annotator
     assert "| two persons | Fidelity | 1 | 0.0% [0.0, 100.0] |" in text
 
 
@@ -306,9 +320,9 @@ def test_sections_are_there_only_where_there_is_something_to_say(tmp_path: Path)
 def test_samples_show_the_images_with_their_own_ratings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = []
     monkeypatch.setattr(plots, "sample", lambda images, file: shown.append((images, file)))
-    rows = [row(each, annotators=("other", "judge")) for each in range(7)]
-    text = write_card(dataset(tmp_path, *rows), About(annotator="judge"), samples=3).read_text()
-    assert len(shown) == 3
+    rows = [row(each, annotators=("other", "judge", "third")) for each in range(7)]
+    text = write_card(dataset(tmp_path, *rows), About(annotator="judge"), samples=9).read_text()
+    assert len(shown) == len({images[0].data for images, _ in shown}) == 7
     for index, (images, file) in enumerate(shown, 1):
         assert file == tmp_path / "card" / f"sample-{index}.png"
         [found] = [each for each in rows if each["images"][0]["image"]["bytes"] == images[0].data]
@@ -331,10 +345,16 @@ def test_an_image_that_cannot_be_decoded_does_not_cost_the_card(tmp_path: Path) 
 
 @pytest.mark.usefixtures("_undrawn")
 def test_settings_are_written_as_yaml_that_can_be_read_back(tmp_path: Path) -> None:
-    settings = {"generators": ["sd15", "sdxl"], "guidance_scales": (3.0, 7.5), "seed": 0, "prompts": "ünïcode"}
+    settings = {
+        "generators": ["sd15", "sdxl"],
+        "guidance_scales": (3.0, 7.5),
+        "seed": 0,
+        "prompts": "ünïcode",
+        "at": Path("x"),
+    }
     text = write_card(dataset(tmp_path, train=2), About(annotator="judge", settings=settings)).read_text()
     [block] = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
-    assert yaml.safe_load(block) == {**settings, "guidance_scales": [3.0, 7.5]}
+    assert yaml.safe_load(block) == {**settings, "guidance_scales": [3.0, 7.5], "at": "x"}
 
 
 def test_nothing_is_read_of_the_image_files_but_for_the_samples(tmp_path: Path) -> None:

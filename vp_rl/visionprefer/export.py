@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from tqdm import tqdm
 
 from vp_rl.types import ASPECTS, Dropped
@@ -77,6 +79,25 @@ def export(
         writer.finish_rows()
         said = replace(about, dropped=summary(rows, [*dropped, *left_out]))
         write_card(writer.unfinished, said, spent=journal.spent(), votes=Votes(journal.file).read())
+
+
+def push(folder: Path, repository: str) -> str:
+    """Uploads a finished dataset to the hub, into a private repository that is made if it is absent; its address.
+
+    The token is huggingface_hub's own (`hf auth login`, or $HF_TOKEN). Files that it has already are not sent again.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no dataset, or one of another version.
+        OSError: the hub refused, or is not to be reached.
+    """
+    schema.about(folder)
+    hub = HfApi()
+    try:
+        address = hub.create_repo(repository, repo_type="dataset", private=True, exist_ok=True)
+        hub.upload_folder(repo_id=repository, folder_path=folder, repo_type="dataset")
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError) as error:
+        raise OSError(f"'{folder}' could not be uploaded to {repository!r}: {error}") from error
+    return str(address)
 
 
 def _by_prompt(rated: Rated, journal: Journal) -> Iterator[list[tuple[Opinion, Note]]]:
