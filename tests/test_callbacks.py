@@ -93,8 +93,8 @@ def test_the_grid_has_the_base_above_the_trained_images(tmp_path: Path) -> None:
     grid = np.asarray(Image.open(tmp_path / "samples" / "epoch_0004.png"))
     tool = evaluator(seeds=(0, 1))
     np.testing.assert_array_equal(grid[:16, :16], tool.evaluate(Bright(), Brightness()).images[0])
-    np.testing.assert_array_equal(grid[-16:, -16:], tool.evaluate(module.policy, Brightness()).images[9])
-    assert grid.shape[1] == 10 * 16 + 9 * 2
+    np.testing.assert_array_equal(grid[-16:, -16:], tool.evaluate(module.policy, Brightness()).images[8])
+    assert grid.shape[1] == 5 * 16 + 4 * 2  # of each prompt the first seed's
 
 
 def test_held_out_curves_start_at_the_base_and_end_with_the_run(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from test_evaluation import SAMPLER, Bright, Brightness, Given, evaluator, made_up, shifted
 
+from vp_rl.evaluation import report as report_module
 from vp_rl.evaluation.compare import compare
 from vp_rl.evaluation.images import Evaluation
 from vp_rl.evaluation.report import write_report
@@ -211,3 +212,10 @@ def test_a_sweep_of_reward_models_has_their_accuracies(tmp_path: Path) -> None:
     (tmp_path / "0").mkdir()
     (tmp_path / "0" / "summary.json").write_text(json.dumps({"accuracy": {"VP-Score": {"mean": {"share": 0.8125}}}}))
     assert write_table(tmp_path) == [{"run": "0", "accuracy of VP-Score": "0.8125"}]
+
+
+def test_the_first_cards_are_of_as_many_prompts_and_not_of_one_prompts_seeds(tmp_path: Path) -> None:
+    base, tuned = (evaluator(seeds=(0, 1, 2)).evaluate(shifted(by), Brightness()) for by in (0.0, 0.3))
+    assert base.of_first_seed().tolist() == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33]
+    first = report_module._galleries(base, tuned)["first"]
+    assert [card["prompt"] for card in first] == [f"test prompt {number}" for number in range(12)]

@@ -132,7 +132,8 @@ class HeldOutEvaluation(lightning.Callback):
         base = self._base.first(len(now.prompts))
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        grid([base.images[:_COLUMNS], now.images[:_COLUMNS]]).save(folder / f"epoch_{epoch:04d}.png")
+        columns = base.of_first_seed()[:_COLUMNS]
+        grid([base.images[columns], now.images[columns]]).save(folder / f"epoch_{epoch:04d}.png")
         send_images(trainer.loggers, base, now, trainer.global_step)
 
 

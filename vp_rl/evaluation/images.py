@@ -46,6 +46,10 @@ class Evaluation:
         """The metrics averaged over images."""
         return {name: float(values.mean()) for name, values in self.metrics().items()}
 
+    def of_first_seed(self) -> Int[np.ndarray, " prompts"]:
+        """The place of one image of each prompt."""
+        return np.flatnonzero(np.array(self.seeds) == self.seeds[0])
+
     def first(self, images: int) -> "Evaluation":
         """The first images only."""
         return Evaluation(

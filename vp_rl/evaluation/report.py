@@ -123,11 +123,11 @@ def _row(name: str, changes: dict[str, Change]) -> Row:
 
 
 def _galleries(base: Evaluation, tuned: Evaluation) -> dict[str, list[dict[str, Any]]]:
-    """The first images whatever they are, and those that the judge's mean rating moved most, up and down."""
+    """An image of each of the first prompts, whatever it is, and those that the judge's mean rating moved most, up and down."""
     gain = tuned.ratings.mean(1) - base.ratings.mean(1)
     order = np.lexsort((base.scores - tuned.scores, -gain))
     chosen = {
-        "first": range(min(_CARDS, len(order))),
+        "first": base.of_first_seed()[:_CARDS],
         "gains": [index for index in order[:_CARDS] if gain[index] > 0],
         "losses": [index for index in order[::-1][:_CARDS] if gain[index] < 0],
     }
