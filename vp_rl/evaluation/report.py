@@ -123,7 +123,7 @@ def _row(name: str, changes: dict[str, Change]) -> Row:
 
 
 def _galleries(base: Evaluation, tuned: Evaluation) -> dict[str, list[dict[str, Any]]]:
-    """An image of each of the first prompts, whatever it is, and those that the judge's mean rating moved most, up and down."""
+    """One image of each of the first prompts, and those that the judge's mean rating moved most, up and down."""
     gain = tuned.ratings.mean(1) - base.ratings.mean(1)
     order = np.lexsort((base.scores - tuned.scores, -gain))
     chosen = {
