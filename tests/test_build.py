@@ -192,7 +192,9 @@ def test_an_image_that_is_screened_out_is_not_rated_and_the_card_counts_it(tmp_p
     found = rows(tmp_path / "set")
     assert found
     assert all(len(image["image"]["bytes"]) % 2 for row in found for image in row["images"])
-    assert "image screened out" in (tmp_path / "set" / "README.md").read_text()
+    card = (tmp_path / "set" / "README.md").read_text()
+    kept = sum(len(row["images"]) for row in found)
+    assert f"{80 - kept} of 80 images that were made are not in the set: screened out" in card
 
 
 def test_two_annotators_of_one_name_are_refused() -> None:

@@ -112,6 +112,12 @@ def test_the_highest_score_counts_and_an_absent_one_is_not_a_number(tmp_path: Pa
         assert [repr(prompt.nsfw) for prompt in found] == ["0.7", "0.2", "nan", "1.0"]
 
 
+def test_quotes_need_no_quotes_between_tabs(tmp_path: Path) -> None:
+    (tmp_path / "p.tsv").write_text('prompt\tn\n"HI" on a wall\t1\na "cat"\t2\n"open\t3\n')
+    prompts = ['"HI" on a wall', 'a "cat"', '"open']
+    assert [prompt.text for prompt in read_file(str(tmp_path / "p.tsv"), Columns())] == prompts
+
+
 def test_prompts_are_named_by_their_place(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("one\n\ntwo\n")
     write_csv(tmp_path / "p.csv", [{"prompt": "one"}, {"prompt": "two"}])
@@ -124,6 +130,7 @@ BAD: dict[str, tuple[str, bytes, str]] = {
     "no such column": ("p.csv", b"text,seed\na,1\n", r"p\.csv has no column 'prompt'; it has text, seed\."),
     "unquoted separator": ("p.csv", b"prompt,n\na cat, a dog,1\n", r"row 1 has more fields .* in quotes"),
     "open quote": ("p.csv", b'prompt\n"a cat\n', r"p\.csv is no well-formed table .*double the quotes"),
+    "too many tabs": ("p.tsv", b'prompt\tn\n"a" cat\tand\t1\n', r"p\.tsv: row 1 has more fields"),
     "no JSON": ("p.json", b'{"prompt": "a"}\n{"prompt": "b"}\n', r"p\.json is no JSON .* must end in \.jsonl"),
     "no list": ("p.json", b'{"prompt": "a"}', r"p\.json holds no list"),
     "no rows": ("p.json", b"[1, 2]", r"row 1 is int; it must be an object"),
@@ -383,9 +390,9 @@ def test_case_and_punctuation_make_no_other_prompt_but_symbols_do(one: str, othe
 def test_a_near_duplicate_names_the_prompt_that_is_likest_and_of_equals_the_first() -> None:
     fox = "a red fox in a forest of tall birches at dawn, in the fog"
     _, dropped = Cleaner(near_duplicates=0.7).clean(raw(f"{fox} and the rain of the", f"so it is {fox}", fox))
-    assert [prompt.detail[:16] for prompt in dropped] == ["0.85 as number 2"]
+    assert [prompt.detail[:18] for prompt in dropped] == ["as number 2, 0.85:"]
     _, dropped = Cleaner(near_duplicates=0.87).clean(raw(f"{fox} or if", f"{fox} by me", fox))
-    assert [prompt.detail[:16] for prompt in dropped] == ["0.90 as number 1"]
+    assert [prompt.detail[:18] for prompt in dropped] == ["as number 1, 0.90:"]
     chain = [fox, f"{fox} and the", f"{fox} and the rain of the"]  # the last is like none that stays
     assert Cleaner(near_duplicates=0.8).clean(raw(*chain))[0] == chain[::2]
 

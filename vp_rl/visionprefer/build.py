@@ -23,7 +23,7 @@ from vp_rl.visionprefer.annotate import Call, Opinion, SecondOpinions, opinions
 from vp_rl.visionprefer.ask import Interview, Question
 from vp_rl.visionprefer.card import About
 from vp_rl.visionprefer.engine import Engine, LocalEngine
-from vp_rl.visionprefer.export import Rated, export
+from vp_rl.visionprefer.export import SCREENED, Rated, export
 from vp_rl.visionprefer.generate import ImageStore, Recipe, as_png, generate, recipes
 from vp_rl.visionprefer.journal import Journal
 from vp_rl.visionprefer.polish import Item, prompt_id
@@ -307,7 +307,7 @@ class _Run:
             if notes is not None and notes[0].rating.rating < at_least:
                 self.images[call.item.prompt_id].remove(call.images[0])
                 detail = f"{call.images[0]}: {notes[0].rating.rationale}"
-                self.dropped.append(Dropped(call.item.source_prompt, "image screened out", detail))
+                self.dropped.append(Dropped(call.item.source_prompt, SCREENED, detail))
 
     def _record(self) -> None:
         """For people, and as a source for other builds: the prompts that are left, and why the others are not."""

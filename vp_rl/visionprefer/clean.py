@@ -128,7 +128,7 @@ class Cleaner:
             alike = {other: similarity(own, grams(texts[other])) for other in sorted(candidates)}
             nearest = max(alike, key=alike.__getitem__, default=None)
             if nearest is not None and alike[nearest] >= self.near_duplicates:
-                yield row, "near-duplicate", f"{alike[nearest]:.2f} {_as(nearest, raw)}: {texts[nearest]}"
+                yield row, "near-duplicate", f"{_as(nearest, raw)}, {alike[nearest]:.2f}: {texts[nearest]}"
             else:
                 index.insert(row, sketch, check_duplication=False)
 
@@ -215,7 +215,7 @@ def summary(kept: int, dropped: Sequence[Dropped], examples: int = 2) -> str:
 
 def _example(case: Dropped) -> str:
     detail = escape(_shortened(case.detail))
-    if case.reason in ("unsafe", "unscored"):
+    if case.reason in ("unsafe", "unscored", "not polished"):
         return detail
     return f'"{escape(_shortened(case.prompt))}"' + (f" ({detail})" if detail else "")
 

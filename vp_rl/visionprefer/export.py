@@ -23,6 +23,8 @@ from vp_rl.visionprefer.votes import Votes
 
 log = logging.getLogger(__name__)
 
+SCREENED = "image screened out"
+
 
 class Rated(NamedTuple):
     """What a build has come to."""
@@ -59,25 +61,26 @@ def export(
     first = rated.opinions[0][0]
     left_out: list[Dropped] = []
     with schema.Writer(folder, first.name) as writer:
-        rows = 0
-        said = tqdm(_by_prompt(rated, journal), "export", len(rated.items), unit="prompt", mininterval=1)
-        for item, notes in zip(rated.items, said, strict=True):
+        rows = images = 0
+        prompts = tqdm(_by_prompt(rated, journal), "export", len(rated.items), unit="prompt", mininterval=1)
+        for item, notes in zip(rated.items, prompts, strict=True):
             row = _row(item, rated, notes, store)
-            missing = len(rated.images[item.prompt_id]) - len(row["images"])
-            if missing:
-                left_out.append(Dropped(item.source_prompt, "images not rated in every aspect", str(missing)))
             if len(row["images"]) < 2:
                 left_out.append(Dropped(item.source_prompt, "fewer than two rated images"))
                 continue
             writer.add(item.split, row)
-            rows += 1
+            rows, images = rows + 1, images + len(row["images"])
         if not rows:
             raise ValueError(
                 f"No prompt has two images that {first.name} rated in every aspect, so there is no dataset to write: "
                 "the journal says why (outcome and reason in its table `answers`)."
             )
         writer.finish_rows()
-        said = replace(about, dropped=summary(rows, [*dropped, *left_out]))
+        gone = [case for case in [*dropped, *left_out] if case.reason != SCREENED]  # those are images, not prompts
+        said = replace(about, dropped=summary(rows, gone))
+        if images < len(rated.recipes):
+            lost = f"{len(rated.recipes) - images:,} of {len(rated.recipes):,} images that were made are not in the set"
+            said = replace(said, limits=[*about.limits, f"{lost}: screened out, or not rated in every aspect."])
         write_card(writer.unfinished, said, spent=journal.spent(), votes=Votes(journal.file).read())
 
 

@@ -63,7 +63,7 @@ def read_file(path: str, columns: Columns) -> list[RawPrompt]:
         raise ValueError(f"{path} is not a UTF-8 text file (byte {error.start}): save it as one.") from error
     readers: dict[str, Callable[[str, str], Iterable[Placed]]] = {
         ".csv": _csv,
-        ".tsv": _csv,
+        ".tsv": _tsv,
         ".json": _json,
         ".jsonl": _json_lines,
         ".ndjson": _json_lines,
@@ -138,20 +138,30 @@ def _split_lines(text: str) -> list[str]:
 
 
 def _csv(text: str, path: str) -> Iterator[Placed]:
-    dialect = "excel-tab" if path.lower().endswith(".tsv") else "excel"
-    reader = csv.DictReader(io.StringIO(text), dialect=dialect, strict=True)
     try:
-        for number, row in enumerate(reader, 1):
-            if None in row:  # what DictReader files surplus fields under
-                raise ValueError(
-                    f"{path}: row {number} has more fields than the header: put prompts with a separator in quotes."
-                )
-            yield f"row {number}", row
+        rows = list(csv.DictReader(io.StringIO(text), strict=True))
     except csv.Error as error:
         raise ValueError(
-            f"{path} is no well-formed table at line {reader.line_num} ({error}): put prompts in quotes, and double "
-            "the quotes in them."
+            f"{path} is no well-formed table ({error}): put prompts in quotes, and double the quotes in them."
         ) from error
+    yield from _fitting(rows, path)
+
+
+def _tsv(text: str, path: str) -> Iterator[Placed]:
+    try:
+        rows = list(csv.DictReader(io.StringIO(text), dialect="excel-tab", strict=True))
+    except csv.Error:  # PartiPrompts is such a file: quotes in it are nothing but quotes
+        rows = list(csv.DictReader(io.StringIO(text), dialect="excel-tab", quoting=csv.QUOTE_NONE))
+    yield from _fitting(rows, path)
+
+
+def _fitting(rows: Iterable[Mapping[str | None, object]], path: str) -> Iterator[Placed]:
+    for number, row in enumerate(rows, 1):
+        if None in row:  # what DictReader files surplus fields under
+            raise ValueError(
+                f"{path}: row {number} has more fields than the header: put prompts with a separator in quotes."
+            )
+        yield f"row {number}", row
 
 
 def _json(text: str, path: str) -> Iterator[Placed]:
