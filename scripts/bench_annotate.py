@@ -49,13 +49,20 @@ class Pace(NamedTuple):
 
     calls: int
     wall: float
-    """Seconds by the clock."""
+    """Seconds by the clock, without those that the machine stood still."""
     cpu: float
     """Seconds of this process's CPU."""
+    still: float = 0.0
+    """Seconds that the machine stood still, as virtual ones do now and then."""
 
     def __str__(self) -> str:
         """Per call."""
-        return f"{1e3 * self.wall / self.calls:.2f} ms/call ({1e3 * self.cpu / self.calls:.2f} ms of CPU)"
+        return f"{1e3 * self.wall / self.calls:.2f} ms/call ({1e3 * self.cpu / self.calls:.2f} ms of CPU){self.note}"
+
+    @property
+    def note(self) -> str:
+        """Of standing still, if it did."""
+        return f" [the machine stood still for {self.still:.0f} s, not counted]" if self.still else ""
 
 
 def main() -> None:
@@ -96,7 +103,9 @@ def healthy(images: list[bytes], calls: int, in_flight: int, latency: float) -> 
         annotator = OpenAIChatAnnotator(Chat("bench", base_url=url, api_key_env=KEY_NAME, concurrency=in_flight))
         took = asyncio.run(pace(asking(annotator, images), calls, in_flight))
     rate, best = calls / took.wall, in_flight / latency
-    print(f"healthy:        {rate:.1f} calls/s of {best:.1f} at {latency:g} s: {rate / best:.1%}", flush=True)
+    print(
+        f"healthy:        {rate:.1f} calls/s of {best:.1f} at {latency:g} s: {rate / best:.1%}{took.note}", flush=True
+    )
 
 
 def hostile(images: list[bytes], calls: int, in_flight: int, latency: float, retry_after: float) -> None:
@@ -123,7 +132,7 @@ def hostile(images: list[bytes], calls: int, in_flight: int, latency: float, ret
     rate, best = calls / took.wall, in_flight / latency
     print(
         f"hostile:        {rate:.1f} questions/s of {best:.1f} at {latency:g} s, with Retry-After {retry_after:g} s: "
-        f"{rate / best:.1%}; {dict(found)} with those before the clock started"
+        f"{rate / best:.1%}; {dict(found)} with those before the clock started{took.note}"
     )
 
 
@@ -156,9 +165,24 @@ async def pace(call: Call, calls: int, in_flight: int) -> Pace:
         for number in numbers:
             await call(number)
 
+    still: list[float] = []
+    watching = asyncio.create_task(watch(still))
     wall, cpu = time.perf_counter(), time.process_time()
     await asyncio.gather(*(worker() for _ in range(in_flight)))
-    return Pace(calls, time.perf_counter() - wall, time.process_time() - cpu)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    watching.cancel()
+    return Pace(calls, wall - sum(still), cpu, sum(still))
+
+
+async def watch(still: list[float]) -> None:
+    """Notes whenever this loop did not run for two seconds: nothing here works for as long as that."""
+    last = time.perf_counter()
+    while True:
+        await asyncio.sleep(0.05)
+        now = time.perf_counter()
+        if now - last > 2:
+            still.append(now - last)
+        last = now
 
 
 def body_like(images: list[bytes]) -> bytes:

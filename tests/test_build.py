@@ -6,9 +6,11 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from chat_server import HOSTILE, KEY, ChatServer
 from fakes import read_dataset
 from huggingface_hub import HfApi
@@ -20,6 +22,7 @@ from vp_rl.annotators.openai_chat import OpenAIChatAnnotator
 from vp_rl.annotators.polish import OpenAIChatRewriter
 from vp_rl.annotators.scene import SceneAnnotator
 from vp_rl.interfaces import Annotator
+from vp_rl.policies.sd import StableDiffusion
 from vp_rl.types import ASPECTS, Answer, Aspect, Rating
 from vp_rl.visionprefer.annotate import SecondOpinions
 from vp_rl.visionprefer.ask import BudgetReached
@@ -245,8 +248,15 @@ def test_a_finished_dataset_is_pushed_and_anything_else_is_not(tmp_path: Path, m
 
 @pytest.mark.slow
 def test_ray_makes_the_images_of_the_local_engine(tmp_path: Path) -> None:
-    builder(prompts(), Fixed("own"), batch_size=4).build(tmp_path / "local")
-    builder(prompts(), Fixed("own"), batch_size=4, engine=RayEngine(workers=2)).build(tmp_path / "ray")
+    makers = {"tiny-sd": partial(StableDiffusion, "tiny-sd", None)}  # what workers can import
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as workers have it: the last bits depend on that
+    try:
+        for name, engine in (("local", None), ("ray", RayEngine(workers=2))):
+            built = builder(prompts(), Fixed("own"), makers=makers, batch_size=8, engine=engine)
+            built.build(tmp_path / name)
+    finally:
+        torch.set_num_threads(threads)
     assert rows(tmp_path / "local") == rows(tmp_path / "ray")
 
 
