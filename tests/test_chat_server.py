@@ -72,7 +72,9 @@ def test_the_log_has_every_answered_request_after_the_client_was_killed(tmp_path
             process.send_signal(signal.SIGKILL)  # the log does not depend on a good end of the server either
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert len(lines) == len(before) + 1 > 20
-    assert [line["number"] for line in lines] == list(range(len(lines)))
+    numbers = [line["number"] for line in lines]
+    assert numbers == sorted(set(numbers))
+    assert numbers[-1] + 1 - len(numbers) in (0, 1)  # the request whose client died before it was answered
     last = lines[-1]
     assert (last["key"], last["kind"], last["outcome"], last["prompt"]) == ("k", "polish", "ok", "a cat, 8k")
     assert abs(last["time"] - time.time()) < 60
