@@ -12,7 +12,8 @@ from torch.utils.data import DataLoader
 
 from vp_rl.algorithms.reward_model import RewardModel, by_aspect
 from vp_rl.functional import ranking_loss
-from vp_rl.rewards.vp_score import Head, VPScore
+from vp_rl.rewards.head import Head
+from vp_rl.rewards.vp_score import VPScore
 from vp_rl.types import PreferenceBatch
 
 PROMPTS = ["a red circle", "two blue squares"]

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
 
-from vp_rl.rewards.vp_score import VPScore, preprocess
+from vp_rl.rewards.preprocess import preprocess
+from vp_rl.rewards.vp_score import VPScore
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(3, 1, 1)  # OpenAI's CLIP, and ImageReward
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(3, 1, 1)

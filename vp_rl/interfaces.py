@@ -35,8 +35,8 @@ class Reward(nn.Module, ABC):
     Row i of the result depends on row i of the input only.
     """
 
-    differentiable: ClassVar[bool]
-    """Whether gradients flow from scores to images."""
+    differentiable: bool
+    """Whether gradients flow from scores to images; of the class, or of a reward made of others."""
 
     @abstractmethod
     def forward(self, images: Images, prompts: list[str]) -> Scores:

@@ -3,7 +3,7 @@
 Objective: minimise E[-log sigmoid(r(better) - r(worse))] over pairs of images of the same prompt.
 
 What differs from ImageReward's published recipe:
-1. The head starts with its input's variance instead of almost dead (see `Head` in `rewards/vp_score.py`).
+1. The head starts with its input's variance instead of almost dead (see `Head` in `rewards/head.py`).
 2. Each image of a prompt is scored once and its scores are shared by all its pairs.
 3. The weights of the best validation accuracy are kept, and the score is standardised on the validation images.
 """

@@ -6,7 +6,6 @@ cross-attends to it in every layer, and five linear layers on the text's first t
 
 import copy
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,15 @@ from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from vp_rl.interfaces import TrainableReward
+from vp_rl.rewards.head import Head
+from vp_rl.rewards.preprocess import preprocess
 from vp_rl.scenes import tiny
 from vp_rl.types import Images, Scores
 
-_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_STD = (0.26862954, 0.26130258, 0.27577711)
 _FILES = ("config.json", "tokenizer.json", "model.safetensors")
 _WANTED = f"a folder with {', '.join(_FILES)}, as VPScore.save writes it (or tiny-vp-score, or tiny-blip)"
 
@@ -183,56 +181,6 @@ class VPScore(TrainableReward):
         """The vision tower's tokens of any images."""
         pixels = preprocess(images, self.vision.config.image_size)  # type: ignore[arg-type]  # BLIP's is a number
         return self.vision(pixel_values=pixels.to(self.vision.dtype)).last_hidden_state
-
-
-class Head(nn.Module):
-    """Linear layers without activations, then the standardisation: (raw - mean) / std.
-
-    The published initialisation, N(0, 1 / 769^2) for every layer, gives an output of 1e-9 and gradients below Adam's
-    epsilon, so training stands still for hundreds of steps. Here each layer keeps its input's variance. It also stays
-    in float32 whatever the towers are cast to, as such gradients would vanish in half precision.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, width: int, widths: tuple[int, ...]) -> None:
-        super().__init__()
-        dropouts = (0.2, 0.2, 0.1)[: len(widths)]  # after the first layers, as published
-        self.layers = nn.Sequential()
-        for index, (fan_in, fan_out) in enumerate(zip((width, *widths), (*widths, 1), strict=True)):
-            linear = nn.Linear(fan_in, fan_out)
-            nn.init.normal_(linear.weight, std=fan_in**-0.5)
-            nn.init.zeros_(linear.bias)
-            self.layers.extend([linear, nn.Dropout(dropouts[index])] if index < len(dropouts) else [linear])
-        self.register_buffer("mean", torch.zeros(()))
-        self.register_buffer("std", torch.ones(()))
-
-    def forward(self, features: Float[Tensor, "batch features"]) -> Scores:
-        """Scores in float32, under autocast too."""
-        with torch.autocast(features.device.type, enabled=False):
-            return (self.layers(features.float()).squeeze(1) - self.mean) / self.std
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Head":
-        return super()._apply(lambda tensor: tensor.to(fn(tensor).device), recurse)
-
-
-def preprocess(images: Images, size: int) -> Float[Tensor, "batch 3 side side"]:
-    """Shorter side to `size` (bicubic), centre crop, CLIP's normalisation: PIL's result to about 1/255, with gradients.
-
-    Width and height are resized one after the other, clipped between, because that is where PIL clips overshoot.
-    """
-    images = images.float()
-    height, width = images.shape[-2:]
-    short = min(height, width)
-    if short != size:
-        height, width = size * height // short, size * width // short
-        for shape in ((images.shape[-2], width), (height, width)):
-            images = F.interpolate(images, size=shape, mode="bicubic", antialias=True).clamp(0, 1)
-    top, left = round((height - size) / 2), round((width - size) / 2)
-    images = images[..., top : top + size, left : left + size]
-    mean, std = (torch.tensor(values, device=images.device).reshape(3, 1, 1) for values in (_MEAN, _STD))
-    return (images - mean) / std
 
 
 def _check(vision: BlipVisionConfig, text: BlipTextConfig, tokenizer: BertTokenizer, max_length: int) -> None:
