@@ -1,5 +1,6 @@
 """The builder as a whole: a paid annotator that fails in all ways, second opinions, screening, Ray, its script."""
 
+import io
 import json
 import os
 import subprocess
@@ -9,11 +10,13 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from chat_server import HOSTILE, KEY, ChatServer
 from fakes import read_dataset
 from huggingface_hub import HfApi
+from PIL import Image
 from test_visionprefer import MAKERS, Lists, builder
 
 from vp_rl.annotators.answers import read_ratings, write_ratings
@@ -21,15 +24,17 @@ from vp_rl.annotators.chat import Chat
 from vp_rl.annotators.openai_chat import OpenAIChatAnnotator
 from vp_rl.annotators.polish import OpenAIChatRewriter
 from vp_rl.annotators.scene import SceneAnnotator
-from vp_rl.interfaces import Annotator
+from vp_rl.interfaces import Annotator, Policy
 from vp_rl.policies.sd import StableDiffusion
 from vp_rl.types import ASPECTS, Answer, Aspect, Rating
 from vp_rl.visionprefer.annotate import SecondOpinions
 from vp_rl.visionprefer.ask import BudgetReached
-from vp_rl.visionprefer.build import SPLITS, Builder, Screen
+from vp_rl.visionprefer.build import Builder, Screen
 from vp_rl.visionprefer.engine import RayEngine
 from vp_rl.visionprefer.export import push
+from vp_rl.visionprefer.image_folder import ImageFolder
 from vp_rl.visionprefer.journal import Journal
+from vp_rl.visionprefer.schema import SPLITS
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = [f"prompt {number}" for number in range(20)]
@@ -56,16 +61,17 @@ def rows(folder: Path) -> list[dict]:
     return [row for split in SPLITS for row in read_dataset(folder, split)]
 
 
-def test_every_question_to_a_hostile_server_ends_as_a_rating_or_with_its_reason(tmp_path: Path) -> None:
-    many = Lists(train=[f"prompt {number}" for number in range(100)], validation=[], test=[])
+@pytest.mark.parametrize("number", [100, pytest.param(500, marks=pytest.mark.slow)])
+def test_every_question_to_a_hostile_server_ends_as_a_rating_or_with_its_reason(tmp_path: Path, number: int) -> None:
+    many = Lists(train=[f"prompt {each}" for each in range(number)], validation=[], test=[])
     with ChatServer(tmp_path / "log.jsonl", faults=HOSTILE, latency=0.01) as server:
         paid(server, many, images_per_prompt=2).build(tmp_path / "set")
         sent = [json.loads(line)["outcome"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     with Journal(tmp_path / "set.work" / "journal.sqlite") as journal:
         ended = {(spent.outcome): spent.calls for spent in journal.spent()}
-        assert len(journal.accepted()) == ended["accepted"] >= 0.9 * 400
+        assert len(journal.accepted()) == ended["accepted"] >= 0.9 * 4 * number
         failed = journal.failures().keys() - journal.accepted()
-        assert len(journal.accepted()) + len(failed) == 400
+        assert len(journal.accepted()) + len(failed) == 4 * number
         assert all(reason.startswith(("refused: ", "unreadable: ")) for reason in journal.reasons(failed))
     # Paid for: every answer that came, readable or not; each is in the journal, and none came for nothing.
     outcomes = Counter(sent)
@@ -75,7 +81,7 @@ def test_every_question_to_a_hostile_server_ends_as_a_rating_or_with_its_reason(
     assert ended["accepted"] + ended.get("unreadable", 0) == len(answered)
     assert ended["refused"] == outcomes["refusal"]
     kept = rows(tmp_path / "set")
-    assert len(kept) < 100
+    assert len(kept) < number
     assert f"{len(kept):,}" in (tmp_path / "set" / "README.md").read_text()
     assert "fewer than two rated images" in (tmp_path / "set" / "README.md").read_text()
 
@@ -185,6 +191,56 @@ def test_so_many_images_are_shown_at_once_as_are_wanted(tmp_path: Path, per_call
     assert len(rows(tmp_path / "set")) == 20
 
 
+def test_images_of_ones_own_are_rated_and_what_cannot_be_used_is_named(tmp_path: Path) -> None:
+    made = np.random.default_rng(0).integers(0, 256, (12, 20, 30, 3), dtype=np.uint8)
+    (tmp_path / "mine").mkdir()
+    entries = []
+    for number, pixels in enumerate(made):
+        picture = Image.fromarray(pixels).convert("CMYK" if number == 5 else "RGB")
+        name = f"{number}.{'jpg' if number == 5 else 'png'}"
+        picture.save(tmp_path / "mine" / name)
+        entries.append({"file": name, "prompt": f"prompt {number // 4}", "generator": f"model {number % 2}"})
+    (tmp_path / "mine" / "0.png").write_bytes((tmp_path / "mine" / "0.png").read_bytes()[:200])
+    frames = [Image.fromarray(pixels) for pixels in made[:2]]
+    frames[0].save(tmp_path / "mine" / "1.png", format="gif", save_all=True, append_images=frames[1:])
+    (tmp_path / "mine" / "9.png").write_bytes((tmp_path / "mine" / "8.png").read_bytes())  # the same picture again
+    (tmp_path / "mine" / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)))
+    source = ImageFolder(str(tmp_path / "mine"), validation=0, test=0)
+    settings = {"generators": {"unused": unused}, "annotator": Fixed("own")}
+    Builder(source, **settings).build(tmp_path / "set")
+    found = {row["prompt"]: row["images"] for row in rows(tmp_path / "set")}
+    assert {prompt: len(images) for prompt, images in found.items()} == {"prompt 0": 2, "prompt 1": 4, "prompt 2": 3}
+    for images in found.values():
+        assert all((image["width"], image["height"], image["steps"]) == (30, 20, None) for image in images)
+    by_name = {image["image"]["bytes"]: image["generator"] for image in found["prompt 2"]}
+    assert by_name[(tmp_path / "mine" / "10.png").read_bytes()] == "model 0"
+    converted = Image.open(io.BytesIO(found["prompt 1"][1]["image"]["bytes"]))
+    assert (converted.mode, converted.format) == ("RGB", "PNG")
+    dropped = [json.loads(line) for line in (tmp_path / "set.work" / "dropped.jsonl").read_text().splitlines()]
+    assert [(each["prompt"], each["reason"]) for each in dropped] == [("prompt 0", "image refused")] * 2
+    assert "0.png': The PNG file is cut off" in dropped[0]["detail"]
+    assert "1.png': The GIF file is animated" in dropped[1]["detail"]
+    card = (tmp_path / "set" / "README.md").read_text()
+    assert "2 of 11 images are not in the set: refused" in card
+    assert "model 1" in card
+
+
+def unused() -> Policy:
+    raise AssertionError("no image is to be made")
+
+
+def test_a_missing_key_is_noticed_before_anything_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    with ChatServer(tmp_path / "log.jsonl") as server:
+        for settings in ({}, {"rewriter": OpenAIChatRewriter(chat(server)), "annotator": Fixed("own")}):
+            given = {"annotator": OpenAIChatAnnotator(chat(server)), "generators": {"unused": unused}, **settings}
+            with pytest.raises(ValueError, match="OPENAI_API_KEY"):
+                Builder(prompts(), **given).build(tmp_path / "set")
+        paid(server).plan(tmp_path / "set")  # what it would cost can be known without a key
+        paid(server).build(tmp_path / "set", until="generate")
+    assert not (tmp_path / "set").exists()
+
+
 def test_an_image_that_is_screened_out_is_not_rated_and_the_card_counts_it(tmp_path: Path) -> None:
     class ByBytes(Fixed):
         async def ask(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Answer:
@@ -197,7 +253,7 @@ def test_an_image_that_is_screened_out_is_not_rated_and_the_card_counts_it(tmp_p
     assert all(len(image["image"]["bytes"]) % 2 for row in found for image in row["images"])
     card = (tmp_path / "set" / "README.md").read_text()
     kept = sum(len(row["images"]) for row in found)
-    assert f"{80 - kept} of 80 images that were made are not in the set: screened out" in card
+    assert f"{80 - kept} of 80 images are not in the set: refused, screened out" in card
 
 
 def test_two_annotators_of_one_name_are_refused() -> None:

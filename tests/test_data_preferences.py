@@ -20,9 +20,9 @@ from torch import nn
 from vp_rl.data.preferences import PreferenceDataModule, ratings_of, shifted
 from vp_rl.types import ASPECTS, Aspect, PreferenceBatch, Split
 from vp_rl.visionprefer import schema
-from vp_rl.visionprefer.build import SPLITS
 from vp_rl.visionprefer.pairs import pairs
 from vp_rl.visionprefer.prompts import ScenePrompts
+from vp_rl.visionprefer.schema import SPLITS
 
 Ratings = dict[Aspect, list[int]]
 TIED: Ratings = {aspect: [2, 2, 2, 2] for aspect in ASPECTS}

@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vp_rl.types import GivenImage
 from vp_rl.visionprefer import pictures
-from vp_rl.visionprefer.pictures import Given, ImageFolder, check, normalise, read
+from vp_rl.visionprefer.image_folder import ImageFolder
+from vp_rl.visionprefer.pictures import check, normalise, read
 
 WIDTH, HEIGHT = 60, 40
 
@@ -331,31 +333,41 @@ def folder_with(tmp_path: Path, sidecar: str, text: str | bytes) -> Path:
     return tmp_path
 
 
-def test_a_folder_lists_its_images_with_prompts_in_the_sidecars_order(tmp_path: Path) -> None:
+def image_folder(folder: Path, sidecar: str = "metadata.jsonl") -> ImageFolder:
+    return ImageFolder(str(folder), sidecar, validation=0, test=0)
+
+
+def test_a_folder_has_prompts_and_their_images_in_the_sidecars_order(tmp_path: Path) -> None:
     entries = [
         {"file": "sub/c.png", "prompt": " a cat, asleep ", "generator": "sd-1.5"},
         {"file": "a.png", "prompt": "a line\u2028separator", "size": 3},
         {"file": "b.png", "prompt": "a cat, asleep", "generator": None},
     ]
     lines = "\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
-    images = ImageFolder(str(folder_with(tmp_path, "metadata.jsonl", lines)))
-    assert len(images) == 3
-    assert list(images) == list(images)
-    assert list(images) == [
-        Given("a cat, asleep", tmp_path / "sub/c.png", "sd-1.5"),
-        Given("a line\u2028separator", tmp_path / "a.png", "unknown"),
-        Given("a cat, asleep", tmp_path / "b.png", "unknown"),
+    source = image_folder(folder_with(tmp_path, "metadata.jsonl", lines))
+    assert source.split("train") == ["a cat, asleep"]
+    assert source.images("a cat, asleep") == [
+        GivenImage(tmp_path / "sub/c.png", "sd-1.5"),
+        GivenImage(tmp_path / "b.png", "unknown"),
     ]
-    assert read(next(iter(images)).file) == encoded(picture(), "PNG")
+    assert list(source.images("a dog")) == []
+    assert [(each.prompt, each.reason) for each in source.dropped()] == [("a line\u2028separator", "single image")]
+    assert read(source.images("a cat, asleep")[1].file) == encoded(picture(), "PNG")
 
 
 def test_a_csv_sidecar_reads_as_spreadsheets_write_it(tmp_path: Path) -> None:
-    text = '\ufefffile,prompt,generator\r\na.png,"a ""big"", red\nball",sdxl\r\nb.png,plain,\r\n'
-    images = ImageFolder(str(folder_with(tmp_path, "mine.CSV", text)), "mine.CSV")
-    assert [(given.prompt, given.generator) for given in images] == [
-        ('a "big", red\nball', "sdxl"),
-        ("plain", "unknown"),
-    ]
+    text = '\ufefffile,prompt,generator\r\na.png,"a ""big"", red\nball",sdxl\r\nb.png,"a ""big"", red\nball",\r\n'
+    source = image_folder(folder_with(tmp_path, "mine.CSV", text), "mine.CSV")
+    assert source.split("train") == ['a "big", red\nball']
+    assert [image.generator for image in source.images('a "big", red\nball')] == ["sdxl", "unknown"]
+
+
+def test_prompts_are_held_out_by_number(tmp_path: Path) -> None:
+    names = ["a.png", "b.png", "sub/c.png"]
+    lines = "\n".join(json.dumps({"file": name, "prompt": str(number // 2)}) for number, name in enumerate(names))
+    folder = folder_with(tmp_path, "metadata.jsonl", lines)
+    with pytest.raises(ValueError, match="1 different prompts"):
+        ImageFolder(str(folder), validation=0, test=1)
 
 
 @pytest.mark.parametrize(
@@ -391,7 +403,7 @@ def test_a_sidecar_that_cannot_be_followed_is_refused(
     tmp_path: Path, sidecar: str, text: str | bytes, error: type[Exception], said: str
 ) -> None:
     with pytest.raises(error, match=said):
-        ImageFolder(str(folder_with(tmp_path, sidecar, text)), sidecar)
+        image_folder(folder_with(tmp_path, sidecar, text), sidecar)
 
 
 def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:

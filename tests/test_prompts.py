@@ -22,10 +22,10 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from vp_rl.types import Dropped
-from vp_rl.visionprefer.build import SPLITS
 from vp_rl.visionprefer.clean import Cleaner, bands, grams, normalise, similarity, summary
 from vp_rl.visionprefer.prompts import FilePrompts, HubPrompts, split_prompts
 from vp_rl.visionprefer.raw import Columns, RawPrompt, read_file, read_hub
+from vp_rl.visionprefer.schema import SPLITS
 
 CONF = Path(__file__).parents[1] / "conf" / "prompts"
 REAL = Path(__file__).parents[2] / "shared" / "data" / "prompts" / "imagereward_refl.json"
@@ -546,6 +546,37 @@ def test_nothing_in_a_prompt_breaks_the_table_or_is_read_as_markup() -> None:
     assert {line.count("|") for line in lines} == {5}
     assert not re.search(r"[<>`\[\]\\]", lines[3])
     assert f'"{"z" * 59}…"' in lines[3]
+
+
+def test_a_prompt_with_an_unsafe_word_is_dropped_and_words_that_only_contain_one_are_not(tmp_path: Path) -> None:
+    words = tmp_path / "words.txt"
+    words.write_text("gore\n\nblood bath\n")
+    texts = ["Lots of GORE!", "al gore's house", "a gorey day", "a blood  bath", "a bath of blood", "gore"]
+    raw = [RawPrompt(text, nsfw=0.9 if text == "gore" else 0.0) for text in texts]
+    kept, dropped = Cleaner(unsafe_words=str(words)).clean(raw)
+    assert kept == ["a gorey day", "a bath of blood"]
+    assert [(each.reason, each.detail) for each in dropped] == [
+        ("unsafe", "has the word 'gore'"),
+        ("unsafe", "has the word 'gore'"),
+        ("unsafe", "has the word 'blood bath'"),
+        ("unsafe", "score 0.90"),
+    ]
+
+
+def test_word_lists_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for given, said in (("nowhere.txt", "nowhere.txt"), (str(tmp_path / "empty.txt"), "no word")):
+        with pytest.raises(ValueError, match=said):
+            Cleaner(unsafe_words=given)
+    monkeypatch.setattr("vp_rl.visionprefer.clean.find_spec", lambda _: None)
+    with pytest.raises(ValueError, match=r"vp_rl\[words\]"):
+        Cleaner(unsafe_words="english")
+
+
+def test_the_packaged_word_list_is_found() -> None:
+    pytest.importorskip("better_profanity")
+    kept, _ = Cleaner(unsafe_words="english").clean([RawPrompt("porn"), RawPrompt("a red fox")])
+    assert kept == ["a red fox"]
 
 
 def test_unsafe_prompts_are_not_shown() -> None:

@@ -24,11 +24,12 @@ from vp_rl.processes.ddim import DDIM
 from vp_rl.scenes.grammar import RELATIONS, Scene, parse, scenes
 from vp_rl.types import ASPECTS, Conditioning, Images, Latents, Rating, Split
 from vp_rl.visionprefer import schema
-from vp_rl.visionprefer.build import SPLITS, Builder
+from vp_rl.visionprefer.build import Builder
 from vp_rl.visionprefer.engine import LocalEngine
 from vp_rl.visionprefer.generate import ImageStore, Recipe, generate, recipes, to_uint8
 from vp_rl.visionprefer.polish import prompt_id
 from vp_rl.visionprefer.prompts import FilePrompts, ScenePrompts
+from vp_rl.visionprefer.schema import SPLITS
 
 
 class ToyPolicy(Policy):

@@ -18,6 +18,7 @@ from vp_rl.types import (
     Aspect,
     Conditioning,
     Dropped,
+    GivenImage,
     Images,
     Latents,
     Rating,
@@ -143,6 +144,13 @@ class Annotator(ABC):
     concurrency: int
     """How many questions it likes to be asked at once."""
 
+    def check(self) -> None:  # noqa: B027  # most have nothing to look for
+        """Looks whether it could be asked at all, before anything costly is done; asks nothing.
+
+        Raises:
+            ValueError: not with these settings: there is no key, for instance.
+        """
+
     @abstractmethod
     async def ask(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Answer:
         """Shows it image files (PNG, JPEG, WebP) and has it rate them in the order given.
@@ -183,6 +191,9 @@ class Rewriter(ABC):
     version: str
     concurrency: int
 
+    def check(self) -> None:  # noqa: B027  # most have nothing to look for
+        """See `Annotator.check`."""
+
     @abstractmethod
     async def ask(self, prompt: str) -> Answer:
         """Has one prompt rewritten; raises what `Annotator.ask` does."""
@@ -212,4 +223,8 @@ class PromptSource(ABC):
 
     def dropped(self) -> Sequence[Dropped]:
         """What the source had but left out, and why."""
+        return ()
+
+    def images(self, prompt: str) -> Sequence[GivenImage]:
+        """Images that it has of a prompt, to be rated instead of new ones; none, for most sources."""
         return ()

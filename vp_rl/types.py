@@ -1,5 +1,6 @@
 """The vocabulary that crosses functions: what a tensor is, its shape, range and units."""
 
+from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 from jaxtyping import Float, Int
@@ -100,6 +101,14 @@ class Dropped(NamedTuple):
     """One of a few words that are counted, such as `duplicate`."""
     detail: str = ""
     """What makes this one a case of it."""
+
+
+class GivenImage(NamedTuple):
+    """An image that a user brought."""
+
+    file: Path
+    generator: str
+    """What made it: a model's name, or `unknown`."""
 
 
 class PromptBatch(NamedTuple):

@@ -108,6 +108,14 @@ class Chat:
             self._answered.popitem(last=False)
         return answer
 
+    def check(self) -> None:
+        """Looks for the key.
+
+        Raises:
+            ValueError: it is missing or garbled.
+        """
+        self._key()
+
     def price(self, input_tokens: int, output_tokens: int) -> Usage:
         """Those tokens with their cost."""
         usd = input_tokens * self._prices[0] + output_tokens * self._prices[1]

@@ -72,6 +72,14 @@ class OpenAIChatAnnotator(Annotator):
         self._format = response_format(structured, "ratings", _SCHEMA)
         self._image_tokens = image_base_tokens, image_tile_tokens
 
+    def check(self) -> None:
+        """Looks for the key.
+
+        Raises:
+            ValueError: it is missing or garbled.
+        """
+        self._chat.check()
+
     async def ask(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Answer:
         """One request with all the images.
 

@@ -66,6 +66,14 @@ class OpenAIChatRewriter(Rewriter):
         self._chat, self._format = chat, response_format(structured, "rewritten", _SCHEMA)
         self._system = f"{guideline}\n\n{_FORM}"
 
+    def check(self) -> None:
+        """Looks for the key.
+
+        Raises:
+            ValueError: it is missing or garbled.
+        """
+        self._chat.check()
+
     async def ask(self, prompt: str) -> Answer:
         """One request.
 

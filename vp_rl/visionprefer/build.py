@@ -17,17 +17,18 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from vp_rl.interfaces import Annotator, Policy, PromptSource, Rewriter
-from vp_rl.types import Dropped, Split, Usage
+from vp_rl.types import Dropped, GivenImage, Usage
 from vp_rl.visionprefer import annotate, polish, schema
 from vp_rl.visionprefer.annotate import Call, Opinion, SecondOpinions, opinions
 from vp_rl.visionprefer.ask import Interview, Question
 from vp_rl.visionprefer.card import About
 from vp_rl.visionprefer.engine import Engine, LocalEngine
-from vp_rl.visionprefer.export import SCREENED, Rated, export
+from vp_rl.visionprefer.export import REFUSED, SCREENED, Rated, export
 from vp_rl.visionprefer.generate import ImageStore, Recipe, as_png, generate, recipes
+from vp_rl.visionprefer.given import given_images, prompt_of, take_over
 from vp_rl.visionprefer.journal import Journal
 from vp_rl.visionprefer.polish import Item, prompt_id
-from vp_rl.visionprefer.schema import SPLITS
+from vp_rl.visionprefer.prompts import split_of_each
 
 log = logging.getLogger(__name__)
 
@@ -130,12 +131,14 @@ class Builder:
             ValueError: a prompt is in two splits; a setting is wrong; the budget is reached; see `Annotator.ask`.
             OSError: the disk is full; another build is at work here.
         """
+        stages = STAGES[: STAGES.index(until) + 1]
+        self._check(stages)
         with self._run(folder) as run:
-            for stage in STAGES[: STAGES.index(until) + 1]:
+            for stage in stages:
                 getattr(run, stage)()
 
     def plan(self, folder: Path) -> list[Estimate]:
-        """What is still to be asked, and what it would cost. Nothing is sent, made or written.
+        """What is still to be asked, and what it would cost. Nothing is sent or made.
 
         Images that are not there yet count as the size of those that are, or as 512 x 512 pixels.
         """
@@ -167,6 +170,18 @@ class Builder:
             note=self.about.get("note", self.prompts.note),
         )
 
+    def _check(self, stages: Sequence[Stage]) -> None:
+        """Whoever will be asked can be: a missing key must not show after hours of making images."""
+        screening = self.screen.annotator if self.screen else None
+        for stage, asked in (
+            ("polish", [self.rewriter]),
+            ("generate", [screening]),
+            ("annotate", [opinion.annotator for opinion in self.opinions]),
+        ):
+            for each in asked:
+                if stage in stages and each is not None:
+                    each.check()
+
     def _run(self, folder: Path) -> "_Run":
         schema.check_vacant(folder)
         return _Run(self, folder)
@@ -181,6 +196,9 @@ class _Run:
     items: list[Item] = field(default_factory=list)
     dropped: list[Dropped] = field(default_factory=list)
     planned: dict[str, Recipe] = field(default_factory=dict)
+    """Images to be made, by id."""
+    given: dict[str, GivenImage] = field(default_factory=dict)
+    """Images that the source brought, by id."""
     images: dict[int, list[str]] = field(default_factory=dict)
     """Ids by prompt."""
 
@@ -224,10 +242,12 @@ class _Run:
         """Makes the images, and looks for those that must not be rated."""
         self._plan_images()
         settings = self.settings
+        self._take_over()
         generate(settings.generators, self.planned, self.store, settings.batch_size, settings.engine)
         screen = settings.screen
         if screen is not None and screen.annotator is not None:
             self._screen(screen.annotator, screen.at_least)
+        self._record()
 
     def annotate(self) -> None:
         """Has them rated."""
@@ -240,7 +260,7 @@ class _Run:
         """Writes the dataset."""
         rated = Rated(
             self.items,
-            self.planned,
+            {**self.planned, **self.given},
             self.images,
             [(opinion, self.calls(opinion)) for opinion in self.settings.opinions],
         )
@@ -273,21 +293,30 @@ class _Run:
 
     def _plan_images(self) -> None:
         settings = self.settings
+        self.planned, self.given = {}, {}
+        for item in self.items:
+            self.given.update(given_images(item, settings.prompts.images(item.source_prompt)))
+        lacking = [item for item in self.items if not settings.prompts.images(item.source_prompt)]
         drawn = recipes(
-            [item.prompt for item in self.items],
+            [item.prompt for item in lacking],
             settings.images_per_prompt,
             sorted(settings.generators),
             settings.guidance_scales,
             settings.steps,
             settings.seed,
         )
-        self.planned, self.images = {}, {item.prompt_id: [] for item in self.items}
-        for item, recipe in zip(
-            [item for item in self.items for _ in range(settings.images_per_prompt)], drawn, strict=True
-        ):
-            image_id = f"{item.prompt_id}-{recipe.digest}"
-            self.planned[image_id] = recipe
-            self.images[item.prompt_id].append(image_id)
+        owners = (item for item in lacking for _ in range(settings.images_per_prompt))
+        self.planned = {f"{item.prompt_id}-{recipe.digest}": recipe for item, recipe in zip(owners, drawn, strict=True)}
+        self.images = {item.prompt_id: [] for item in self.items}
+        for image_id in (*self.given, *self.planned):
+            self.images[prompt_of(image_id)].append(image_id)
+
+    def _take_over(self) -> None:
+        """Copies the images that the source brought; what cannot be used is dropped with its reason."""
+        sources = {item.prompt_id: item.source_prompt for item in self.items}
+        for image_id, reason in take_over(self.given, self.store):
+            self.images[prompt_of(image_id)].remove(image_id)
+            self.dropped.append(Dropped(sources[prompt_of(image_id)], REFUSED, reason))
 
     def _image_or_blank(self, image_id: str) -> bytes:
         try:
@@ -319,19 +348,3 @@ class _Run:
     @staticmethod
     def _report(name: str, outcomes: Counter[str]) -> None:
         log.info("%s: %s", name, ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items())))
-
-
-def split_of_each(source: PromptSource) -> dict[str, Split]:
-    """The split of every prompt, in the source's order; a prompt that a split repeats counts once.
-
-    Raises:
-        ValueError: a prompt is in two splits, so that what is tested would have been trained on.
-    """
-    splits: dict[str, Split] = {}
-    for split in SPLITS:
-        for prompt in source.split(split):
-            if splits.setdefault(prompt, split) != split:
-                raise ValueError(
-                    f"The prompt {prompt[:200]!r} is in two splits, {splits[prompt]} and {split}: keep one."
-                )
-    return splits

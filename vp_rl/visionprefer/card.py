@@ -150,7 +150,10 @@ def _samples(folder: Path, annotator: str, files: Sequence[Path], number: int) -
 
 
 def _caption(image: Mapping[str, Any]) -> str:
-    return f"{plots.short(image['generator'])}\nguidance {image['guidance_scale']:g}, {image['steps']} steps"
+    name = plots.short(image["generator"])
+    if image["steps"] is None:  # nobody knows how a given image was made
+        return f"{name}\n"
+    return f"{name}\nguidance {image['guidance_scale']:g}, {image['steps']} steps"
 
 
 def _cut(prompt: str) -> str:

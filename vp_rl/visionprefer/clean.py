@@ -1,9 +1,12 @@
 """What of raw prompts is worth making images of: normalised, of fair length, safe, different from each other."""
 
 import math
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,8 @@ class Cleaner:
     Args:
         max_nsfw: highest NSFW score, 0 to 1, among the rows that have the prompt; 0.4 is HPD v2's. None: any. A prompt
             that has no score, where others have, is dropped too. Sources without scores are not judged at all.
+        unsafe_words: a text file of words and phrases, one a line, that make a prompt unsafe, whole and whatever their
+            case; or `english`: the list of the better-profanity package. Crude: "naked trees" are gone too. None: none.
         min_words, max_words: separated by spaces. CLIP reads 75 tokens, and a word is one or more.
         max_characters: after normalisation.
         near_duplicates: Jaccard similarity, in (0, 1], of the sets of 5 successive characters (without case and
@@ -54,6 +59,7 @@ class Cleaner:
         self,
         *,
         max_nsfw: float | None = 0.4,
+        unsafe_words: str | None = None,
         min_words: int = 1,
         max_words: int = 75,
         max_characters: int = 1000,
@@ -77,12 +83,14 @@ class Cleaner:
         self.min_words, self.max_words, self.max_characters = min_words, max_words, max_characters
         self.max_nsfw, self.near_duplicates = max_nsfw, near_duplicates
         self.diverse, self.embedder = diverse, embedder
+        self._unsafe_words = None if unsafe_words is None else _pattern(unsafe_words)
 
     def clean(self, raw: Sequence[RawPrompt]) -> tuple[list[str], list[Dropped]]:
         """The prompts that stay, normalised, and the others as they came; each in the order given."""
         texts = {row: normalise(prompt.text) for row, prompt in enumerate(raw)}
         dropped: dict[int, Dropped] = {}
-        for rule in (_empty, self._unsafe, self._length, _duplicates, self._near_duplicates, self._surplus):
+        rules = (_empty, self._unsafe, self._unsafe_word, self._length, _duplicates, self._near_duplicates)
+        for rule in (*rules, self._surplus):
             for row, reason, detail in list(rule(texts, raw)):
                 dropped[row] = Dropped(_writable(raw[row].text), reason, _writable(detail))
                 del texts[row]
@@ -103,6 +111,13 @@ class Cleaner:
                 yield row, "unsafe", f"score {score:.2f}"
             elif score is None and raw[row].nsfw is not None:
                 yield row, "unscored", "no NSFW score"
+
+    def _unsafe_word(self, texts: Mapping[int, str], raw: Sequence[RawPrompt]) -> Iterator[Found]:
+        if self._unsafe_words is None:
+            return
+        for row, text in texts.items():
+            if found := self._unsafe_words.search(text.casefold()):
+                yield row, "unsafe", f"has the word {found[0]!r}"
 
     def _length(self, texts: Mapping[int, str], raw: Sequence[RawPrompt]) -> Iterator[Found]:
         for row, text in texts.items():
@@ -139,6 +154,28 @@ class Cleaner:
         for place, row in enumerate(texts):
             if place not in chosen:
                 yield row, "surplus", f"not among the {self.diverse} most different"
+
+
+def _pattern(unsafe_words: str) -> re.Pattern[str]:
+    """Finds any of the words.
+
+    Raises:
+        ValueError: the list cannot be read, or is empty.
+    """
+    file = Path(unsafe_words)
+    if unsafe_words == "english":
+        package = find_spec("better_profanity")  # its own search also finds words that are spelt otherwise: hours here
+        if package is None or package.origin is None:
+            raise ValueError("unsafe_words=english needs a package: pip install 'vp_rl[words]', or name a file.")
+        file = Path(package.origin).with_name("profanity_wordlist.txt")
+    try:
+        words = {normalise(line).casefold() for line in file.read_text(encoding="utf-8").splitlines()} - {""}
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"unsafe_words={unsafe_words!r} must be a UTF-8 text file, a word a line: {error}") from error
+    if not words:
+        raise ValueError(f"unsafe_words={unsafe_words!r} has no word in it.")
+    longest_first = sorted(words, key=lambda word: (-len(word), word))
+    return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)")
 
 
 def _empty(texts: Mapping[int, str], raw: Sequence[RawPrompt]) -> Iterator[Found]:

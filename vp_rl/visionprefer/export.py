@@ -1,5 +1,6 @@
 """Stage 5 of VisionPrefer: rows out of images and answers, written as a dataset with its card."""
 
+import io
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +10,10 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from PIL import Image
 from tqdm import tqdm
 
-from vp_rl.types import ASPECTS, Dropped
+from vp_rl.types import ASPECTS, Dropped, GivenImage
 from vp_rl.visionprefer import annotate, schema
 from vp_rl.visionprefer.annotate import Call, Note, Opinion
 from vp_rl.visionprefer.card import About, write_card
@@ -24,14 +26,15 @@ from vp_rl.visionprefer.votes import Votes
 log = logging.getLogger(__name__)
 
 SCREENED = "image screened out"
+REFUSED = "image refused"
 
 
 class Rated(NamedTuple):
     """What a build has come to."""
 
     items: Sequence[Item]
-    recipes: Mapping[str, Recipe]
-    """By image id."""
+    origins: Mapping[str, Recipe | GivenImage]
+    """By image id: how it was made, or that it was there."""
     images: Mapping[int, Sequence[str]]
     """Ids by prompt."""
     opinions: Sequence[tuple[Opinion, Sequence[Call]]]
@@ -76,11 +79,13 @@ def export(
                 "the journal says why (outcome and reason in its table `answers`)."
             )
         writer.finish_rows()
-        gone = [case for case in [*dropped, *left_out] if case.reason != SCREENED]  # those are images, not prompts
+        gone = [case for case in [*dropped, *left_out] if case.reason not in (SCREENED, REFUSED)]  # those are images
         said = replace(about, dropped=summary(rows, gone))
-        if images < len(rated.recipes):
-            lost = f"{len(rated.recipes) - images:,} of {len(rated.recipes):,} images that were made are not in the set"
-            said = replace(said, limits=[*about.limits, f"{lost}: screened out, or not rated in every aspect."])
+        if images < len(rated.origins):
+            lost = f"{len(rated.origins) - images:,} of {len(rated.origins):,} images are not in the set"
+            said = replace(
+                said, limits=[*about.limits, f"{lost}: refused, screened out, or not rated in every aspect."]
+            )
         write_card(writer.unfinished, said, spent=journal.spent(), votes=Votes(journal.file).read())
 
 
@@ -129,7 +134,7 @@ def _row(item: Item, rated: Rated, notes: list[tuple[Opinion, Note]], store: Ima
     complete = [image_id for image_id in rated.images[item.prompt_id] if len(aspects[image_id]) == len(ASPECTS)]
     return {
         **item._asdict(),
-        "images": [_image(image_id, rated.recipes[image_id], store.read(image_id)) for image_id in complete],
+        "images": [_image(image_id, rated.origins[image_id], store.read(image_id)) for image_id in complete],
         "annotations": [
             {
                 "image_id": note.image_id,
@@ -145,18 +150,17 @@ def _row(item: Item, rated: Rated, notes: list[tuple[Opinion, Note]], store: Ima
     }
 
 
-def _image(image_id: str, recipe: Recipe, data: bytes) -> schema.Row:
+def _image(image_id: str, origin: Recipe | GivenImage, data: bytes) -> schema.Row:
+    made = isinstance(origin, Recipe)
+    with Image.open(io.BytesIO(data)) as picture:  # reads the header only
+        width, height = picture.size
     return {
         "image_id": image_id,
         "image": {"bytes": data, "path": None},
-        "generator": recipe.generator,
-        "guidance_scale": recipe.guidance_scale,
-        "seed": recipe.seed,
-        "steps": recipe.steps,
-        **_size(data),
+        "generator": origin.generator,
+        "guidance_scale": origin.guidance_scale if made else None,
+        "seed": origin.seed if made else None,
+        "steps": origin.steps if made else None,
+        "width": width,
+        "height": height,
     }
-
-
-def _size(png: bytes) -> dict[str, int]:
-    """Width and height, from the header that every PNG begins with."""
-    return {"width": int.from_bytes(png[16:20], "big"), "height": int.from_bytes(png[20:24], "big")}

@@ -4,15 +4,12 @@ Files of strangers break decoders, fill memory, or are no images at all. What pa
 PNG, JPEG or WebP of 8-bit RGB that needs no turning; colour profiles are not applied.
 """
 
-import csv
 import io
-import json
 import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -175,110 +172,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         return image.convert("RGB")
     seen = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")
-
-
-class Given(NamedTuple):
-    """An image that a user brought."""
-
-    prompt: str
-    file: Path
-    generator: str
-    """What made it: a model's name, or `unknown`."""
-
-
-class ImageFolder:
-    """Images that exist already, with their prompts; iterating gives `Given`s in the order of the sidecar file.
-
-    The sidecar has an entry for each image: `file` (its path, relative to the folder), `prompt`, and if it is known
-    `generator`; as JSON objects, one a line, or as CSV with a header. Further columns, and files that it does not
-    name, are left alone. The images are not opened here: see `read`.
-
-    Args:
-        folder: where the images are.
-        sidecar: the sidecar file's name in the folder, ending in .jsonl or .csv.
-
-    Raises:
-        FileNotFoundError: there is no sidecar, or no file that it names.
-        ValueError: the sidecar cannot be understood, has no entry, names a file twice or one outside of the folder;
-            says in which line.
-    """
-
-    def __init__(self, folder: str, sidecar: str = "metadata.jsonl") -> None:
-        self.folder, place = Path(folder), Path(folder) / sidecar
-        if not place.is_file():
-            raise FileNotFoundError(
-                f"No sidecar file at '{place}': write one (JSONL or CSV with `file`, `prompt` and, if known, "
-                "`generator`), or name the one that there is as `sidecar`."
-            )
-        readers = {".jsonl": _json_lines, ".csv": _csv_rows}
-        if place.suffix.lower() not in readers:
-            raise ValueError(f"The sidecar '{place}' is of no known kind: its name must end in .jsonl or .csv.")
-        try:
-            text = place.read_text(encoding="utf-8-sig")  # Excel's CSV begins with a mark
-        except UnicodeDecodeError as error:
-            raise ValueError(f"'{place}' is not UTF-8 (byte {error.start}): save it as that.") from error
-        self._given: dict[Path, Given] = {}
-        for line, entry in readers[place.suffix.lower()](text, place):
-            given = self._entry(entry, f"'{place}', line {line}")
-            if given.file in self._given:
-                raise ValueError(f"'{place}', line {line}: {entry['file']!r} has an entry already.")
-            self._given[given.file] = given
-        if not self._given:
-            raise ValueError(f"'{place}' names no image.")
-
-    def __len__(self) -> int:
-        return len(self._given)
-
-    def __iter__(self) -> Iterator[Given]:
-        return iter(self._given.values())
-
-    def _entry(self, entry: dict[str, Any], where: str) -> Given:
-        for key in ("file", "prompt"):
-            if not isinstance(entry.get(key), str) or not entry[key].strip():
-                raise ValueError(f"{where}: no `{key}`, or it is empty or no text; there is {sorted(map(str, entry))}.")
-        generator = entry.get("generator") or "unknown"
-        if not isinstance(generator, str):
-            raise ValueError(f"{where}: the `generator` {generator!r} is no text.")
-        try:
-            entry["prompt"].encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{where}: the prompt has half a surrogate pair, which no file can hold.") from error
-        return Given(entry["prompt"].strip(), self._file(entry["file"].strip(), where), generator.strip())
-
-    def _file(self, name: str, where: str) -> Path:
-        try:
-            file = (self.folder / name).resolve()
-            there = file.is_file()
-        except (OSError, ValueError):  # a name that no file can have: too long, or with a null byte
-            file, there = self.folder.resolve(), False
-        if not file.is_relative_to(self.folder.resolve()):
-            raise ValueError(f"{where}: the file {name!r} is not in '{self.folder}': copy it there.")
-        if not there:
-            raise FileNotFoundError(f"{where}: no file {name!r} in '{self.folder}'.")
-        return file
-
-
-def _json_lines(text: str, place: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, content in enumerate(text.split("\n"), 1):  # not splitlines: prompts may hold other separators
-        if not content.strip():
-            continue
-        try:
-            entry = json.loads(content)
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
-            raise ValueError(f"'{place}', line {line}: malformed JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"'{place}', line {line}: {content[:80]!r} is no JSON object.")
-        yield line, entry
-
-
-def _csv_rows(text: str, place: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for entry in reader:
-            if None in entry:
-                raise ValueError(
-                    f"'{place}', line {reader.line_num}: more fields than the header has; quote a prompt with commas."
-                )
-            yield reader.line_num, entry
-    except csv.Error as error:
-        raise ValueError(f"'{place}', line {reader.line_num}: malformed CSV: {error}") from error

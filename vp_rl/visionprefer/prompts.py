@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from typing import get_args
 
 from vp_rl.interfaces import PromptSource
 from vp_rl.scenes.grammar import unique_scenes
@@ -168,3 +169,19 @@ def split_prompts(prompts: Sequence[str], validation: int, test: int, seed: int 
         "test": places[:test],
     }
     return {name: [prompts[place] for place in sorted(part)] for name, part in parts.items()}
+
+
+def split_of_each(source: PromptSource) -> dict[str, Split]:
+    """The split of every prompt, in the source's order; a prompt that a split repeats counts once.
+
+    Raises:
+        ValueError: a prompt is in two splits, so that what is tested would have been trained on.
+    """
+    splits: dict[str, Split] = {}
+    for split in get_args(Split):
+        for prompt in source.split(split):
+            if splits.setdefault(prompt, split) != split:
+                raise ValueError(
+                    f"The prompt {prompt[:200]!r} is in two splits, {splits[prompt]} and {split}: keep one."
+                )
+    return splits

@@ -77,9 +77,12 @@ class Batch:
         return {each["values"]: each["counts"] for each in counted.to_pylist()}
 
     def setting(self, name: str) -> tuple[list, Int[np.ndarray, "prompts images"]]:
-        """The different values of one of the images' fields, and which of them each image has; -1 is padding."""
+        """The different values of one of the images' fields, and which of them each image has.
+
+        -1 is padding, or an image of which that is not known.
+        """
         encoded = self._images.field(name).dictionary_encode()
-        return encoded.dictionary.to_pylist(), padded(encoded.indices.to_numpy().astype(np.int64) + 1, self.counts) - 1
+        return encoded.dictionary.to_pylist(), padded(_whole(encoded.indices) + 1, self.counts) - 1
 
     def ratings(
         self, annotator: str

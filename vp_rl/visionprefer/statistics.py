@@ -140,13 +140,13 @@ class _Totals:
             self.histograms[name] += given[generator.ravel() == code].sum(0).reshape(-1, _LEVELS).astype(np.int64)
         exact, index = batch.setting("guidance_scale")
         scales, rounded = np.unique(np.round(np.array(exact, float), 1), return_inverse=True)
-        guidance = np.where(index < 0, -1, rounded[index])
+        guidance = np.append(rounded, -1)[index]
         cells = [Setting(name, scale) for name in names for scale in scales.tolist()]
         for table, labels, codes in (
             ("generators", names, generator),
             ("guidance", scales.tolist(), guidance),
             ("steps", *batch.setting("steps")),
-            ("settings", cells, generator * len(scales) + guidance),
+            ("settings", cells, np.where(guidance < 0, -1, generator * len(scales) + guidance)),
         ):
             won, lost = codes[decided.prompt, decided.better], codes[decided.prompt, decided.worse]
             self._add(table, labels, *_matches(decided, won, lost, (len(codes), len(labels))))

@@ -1,0 +1,129 @@
+"""Images of one's own to be rated, instead of new ones."""
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from vp_rl.interfaces import PromptSource
+from vp_rl.types import Dropped, GivenImage, Split
+from vp_rl.visionprefer.prompts import split_prompts
+
+
+class ImageFolder(PromptSource):
+    """Images that exist already, with their prompts: they are rated instead of new ones.
+
+    The sidecar has an entry for each image: `file` (its path, relative to the folder), `prompt`, and if it is known
+    `generator`; as JSON objects, one a line, or as CSV with a header. Further columns, and files that it does not
+    name, are left alone. The images are not opened here: see `pictures.read`.
+
+    Args:
+        folder: where the images are.
+        sidecar: the sidecar file's name in the folder, ending in .jsonl or .csv.
+        validation, test, seed: see `FilePrompts`.
+
+    Raises:
+        FileNotFoundError: there is no sidecar, or no file that it names.
+        ValueError: the sidecar cannot be understood, has no entry, names a file twice or one outside of the folder;
+            says in which line. Or no prompt is left to train on.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        sidecar: str = "metadata.jsonl",
+        *,
+        validation: int = 64,
+        test: int = 128,
+        seed: int | None = None,
+    ) -> None:
+        self.folder, place = Path(folder), Path(folder) / sidecar
+        if not place.is_file():
+            raise FileNotFoundError(
+                f"No sidecar file at '{place}': write one (JSONL or CSV with `file`, `prompt` and, if known, "
+                "`generator`), or name the one that there is as `sidecar`."
+            )
+        readers = {".jsonl": _json_lines, ".csv": _csv_rows}
+        if place.suffix.lower() not in readers:
+            raise ValueError(f"The sidecar '{place}' is of no known kind: its name must end in .jsonl or .csv.")
+        try:
+            text = place.read_text(encoding="utf-8-sig")  # Excel's CSV begins with a mark
+        except UnicodeDecodeError as error:
+            raise ValueError(f"'{place}' is not UTF-8 (byte {error.start}): save it as that.") from error
+        self._images: dict[str, list[GivenImage]] = {}
+        known = set[Path]()
+        for line, entry in readers[place.suffix.lower()](text, place):
+            prompt, given = self._entry(entry, f"'{place}', line {line}")
+            if given.file in known:
+                raise ValueError(f"'{place}', line {line}: {entry['file']!r} has an entry already.")
+            known.add(given.file)
+            self._images.setdefault(prompt, []).append(given)
+        if not known:
+            raise ValueError(f"'{place}' names no image.")
+        rated = [prompt for prompt, images in self._images.items() if len(images) > 1]
+        self._splits = split_prompts(rated, validation, test, seed, f"'{place}'")
+
+    def split(self, name: Split) -> list[str]:
+        """The prompts of one split that have at least two images, in the sidecar's order."""
+        return self._splits[name]
+
+    def images(self, prompt: str) -> Sequence[GivenImage]:
+        """Those of a prompt, in the sidecar's order."""
+        return self._images.get(prompt, ())
+
+    def dropped(self) -> Sequence[Dropped]:
+        """Prompts with a single image, which has no other to be preferred to."""
+        return [Dropped(prompt, "single image") for prompt, images in self._images.items() if len(images) == 1]
+
+    def _entry(self, entry: dict[str, Any], where: str) -> tuple[str, GivenImage]:
+        for key in ("file", "prompt"):
+            if not isinstance(entry.get(key), str) or not entry[key].strip():
+                raise ValueError(f"{where}: no `{key}`, or it is empty or no text; there is {sorted(map(str, entry))}.")
+        generator = entry.get("generator") or "unknown"
+        if not isinstance(generator, str):
+            raise ValueError(f"{where}: the `generator` {generator!r} is no text.")
+        try:
+            entry["prompt"].encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{where}: the prompt has half a surrogate pair, which no file can hold.") from error
+        return entry["prompt"].strip(), GivenImage(self._file(entry["file"].strip(), where), generator.strip())
+
+    def _file(self, name: str, where: str) -> Path:
+        try:
+            file = (self.folder / name).resolve()
+            there = file.is_file()
+        except (OSError, ValueError):  # a name that no file can have: too long, or with a null byte
+            file, there = self.folder.resolve(), False
+        if not file.is_relative_to(self.folder.resolve()):
+            raise ValueError(f"{where}: the file {name!r} is not in '{self.folder}': copy it there.")
+        if not there:
+            raise FileNotFoundError(f"{where}: no file {name!r} in '{self.folder}'.")
+        return file
+
+
+def _json_lines(text: str, place: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, content in enumerate(text.split("\n"), 1):  # not splitlines: prompts may hold other separators
+        if not content.strip():
+            continue
+        try:
+            entry = json.loads(content)
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
+            raise ValueError(f"'{place}', line {line}: malformed JSON: {error}") from error
+        if not isinstance(entry, dict):
+            raise ValueError(f"'{place}', line {line}: {content[:80]!r} is no JSON object.")
+        yield line, entry
+
+
+def _csv_rows(text: str, place: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        for entry in reader:
+            if None in entry:
+                raise ValueError(
+                    f"'{place}', line {reader.line_num}: more fields than the header has; quote a prompt with commas."
+                )
+            yield reader.line_num, entry
+    except csv.Error as error:
+        raise ValueError(f"'{place}', line {reader.line_num}: malformed CSV: {error}") from error
