@@ -75,4 +75,5 @@ def stop(error: BaseException) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a CPU kernel that nobody uses here
     main()
