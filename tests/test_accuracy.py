@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from vp_rl.evaluation.accuracy import Accuracy, as_markdown, pairwise_accuracy
+from vp_rl.evaluation.accuracy import Accuracy, accuracy, as_markdown, pairwise_accuracy, share
+from vp_rl.evaluation.protocols import POOLED, Outcome
 from vp_rl.types import ASPECTS
 
 PROMPTS = ["a", "a", "a", "b", "b"]
@@ -86,6 +87,27 @@ def test_pairs_of_one_prompt_do_not_count_as_independent() -> None:
     assert found.share == 0.5
     # 1.96 sqrt(0.25 / 100) = 0.098 each side; 600 independent pairs would give 0.04. Quantiles fall on hundredths.
     assert found.high - found.low == pytest.approx(0.196, abs=0.025)
+
+
+def outcome(earned: list[float], prompts: list[str]) -> Outcome:
+    return Outcome(np.array(earned), np.ones(len(earned)), prompts, POOLED)
+
+
+def test_judgements_of_one_prompt_are_drawn_together() -> None:
+    # 50 prompts that are all right or all wrong, each judged four times: 50 independent values, not 200.
+    earned = [float(number % 2) for number in range(50) for _ in range(4)]
+    apart = accuracy(outcome(earned, [f"{number}" for number in range(200)]))
+    together = accuracy(outcome(earned, [f"{number // 4}" for number in range(200)]))
+    assert apart.share == together.share == 0.5
+    assert together.pairs == 200
+    # 2 x 1.96 sqrt(0.25 / n) = 0.277 and 0.139; quantiles of shares fall on steps of 0.02 and 0.005.
+    assert together.high - together.low == pytest.approx(0.277, abs=0.03)
+    assert apart.high - apart.low == pytest.approx(0.139, abs=0.015)
+
+
+def test_an_outcome_without_anything_to_earn_is_not_a_number() -> None:
+    assert accuracy(outcome([], [])).pairs == 0
+    assert np.isnan(share(np.zeros(3), np.zeros(3)).share)
 
 
 def test_the_table_has_a_row_for_each_rule_and_a_column_for_each_predictor() -> None:

@@ -86,10 +86,12 @@ def test_every_experiment_composes_and_its_keys_are_parameters(experiment: str) 
 def test_every_option_of_every_group_composes_and_its_keys_are_parameters(option: str) -> None:
     group, name = option.split("=")
     builders = {"builder", "engine", "generators", "polish"}
-    places = {"generators": "generators@builder.generators"}
+    places = {"generators": "generators@builder.generators", "human": "human@data.it"}
+    place = places.get(group, group)
+    root = "build" if group in builders else "evaluate" if group == "human" else "train"
     # Without an experiment: it has settings of its own algorithm, which do not bind to another's.
-    config = composed(f"{places.get(group, group)}={name}", root="build" if group in builders else "train")
-    assert HydraConfig.get().runtime.choices[places.get(group, group)] == name
+    config = composed(f"{'+' if group == 'human' else ''}{place}={name}", root=root)
+    assert HydraConfig.get().runtime.choices[place] == name
     for path, node in nodes(config):
         check(path, node)
 

@@ -1,6 +1,7 @@
 """VP-Score on random weights: its preprocessing, its gradients, its head, and what it says of broken folders."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,17 +11,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import BertTokenizer, BlipTextConfig, BlipVisionConfig
+from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
 from vp_rl.rewards.preprocess import preprocess
-from vp_rl.rewards.vp_score import VPScore
+from vp_rl.rewards.vp_score import VPScore, published
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(3, 1, 1)  # OpenAI's CLIP, and ImageReward
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(3, 1, 1)
 PROMPTS = ["a red circle", "two blue squares", "a red circle above a blue square", "a blue circle"]
 
 
-def random_vp_score(max_length: int = 12, vocab_size: int = 16, encoder_hidden_size: int = 24) -> VPScore:
+def random_vp_score(
+    max_length: int = 12,
+    vocab_size: int = 16,
+    encoder_hidden_size: int = 24,
+    dropout: float = 0.0,
+    gradient_checkpointing: bool = False,
+) -> VPScore:
     """Two layers of width 24 and 32 on 32 px, weights large enough that scores differ."""
     torch.manual_seed(0)
     words = [
@@ -50,11 +57,13 @@ def random_vp_score(max_length: int = 12, vocab_size: int = 16, encoder_hidden_s
             bos_token_id=2,
             eos_token_id=3,
             sep_token_id=3,
+            attention_probs_dropout_prob=dropout,
             **small,
         ),
         BertTokenizer(vocab={word: index for index, word in enumerate(words)}),
         head_widths=(32, 16),
         max_length=max_length,
+        gradient_checkpointing=gradient_checkpointing,
     )
 
 
@@ -92,6 +101,7 @@ def test_preprocessing_is_pils_to_its_rounding(height: int, width: int) -> None:
         # absolute weights, at most 1.25 (halfway between pixels: -1/16, 9/16, 9/16, -1/16), and adds its own: 1.125.
         error = np.abs(((ours * STD + MEAN) * 255).numpy() - as_pil_does(picture, 224))
         assert error.max() <= 1.13
+        assert error.mean() < 0.5
 
 
 def test_an_image_of_the_right_size_is_only_normalised() -> None:
@@ -133,18 +143,172 @@ def test_attention_over_the_prompt_is_bidirectional(reward: VPScore) -> None:
     assert (first - second).abs().max() > 1e-3
 
 
-def test_gradients_reach_the_image_though_the_weights_are_frozen(reward: VPScore) -> None:
-    batch = images(2, 48, 40).requires_grad_()
-    reward(batch, PROMPTS[:2]).sum().backward()
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (48, 40), (20, 70)])
+def test_gradients_are_those_of_finite_differences_though_the_weights_are_frozen(
+    reward: VPScore, height: int, width: int
+) -> None:
+    batch = 0.25 + images(3, height, width) / 2  # away from 0 and 1, where resizing clips
+    batch.requires_grad_()
+    reward(batch, PROMPTS[:3]).sum().backward()
     gradient = batch.grad
     assert gradient is not None
-    direction = F.normalize(gradient, dim=(1, 2, 3))
-    step = 0.02
-    with torch.no_grad():
-        ahead, behind = (reward(batch + sign * step * direction, PROMPTS[:2]) for sign in (1, -1))
-    numeric = (ahead - behind) / (2 * step)
-    # Float32 scores of order 1 differ by about 1e-6, so the quotient by 5e-5; curvature adds a part in a hundred.
-    torch.testing.assert_close(numeric, (gradient * direction).sum((1, 2, 3)), rtol=0.02, atol=1e-4)
+
+    @torch.no_grad()
+    def slope(direction: torch.Tensor, step: float) -> torch.Tensor:
+        ahead, behind = (reward(batch + sign * step * direction, PROMPTS[:3]) for sign in (1, -1))
+        return (ahead - behind) / (2 * step)
+
+    for direction in (gradient, torch.randn_like(batch), torch.randn_like(batch)):
+        direction = F.normalize(direction, dim=(1, 2, 3))
+        coarse, fine = slope(direction, 0.08), slope(direction, 0.04)
+        # A central difference errs by its step squared, so a third of what halving it changes is the rest of the error
+        # and is taken off; what remains is smaller. Scores of order 1 in float32 are right to some 1e-6: 1e-6 / 0.04.
+        exact, rest = fine + (fine - coarse) / 3, (fine - coarse).abs() / 3
+        error = (exact - (gradient * direction).sum((1, 2, 3))).abs()
+        assert (error <= rest + 5e-5).all(), (error, rest)
+        assert (rest < 0.05 * gradient.flatten(1).norm(dim=1)).all()  # or the comparison would say nothing
+
+
+def test_fused_attention_gives_what_transformers_own_modules_give(reward: VPScore) -> None:
+    vision, text = BlipVisionModel(reward.vision.config), BlipTextModel(reward.text.config, add_pooling_layer=False)
+    vision.load_state_dict(reward.vision.state_dict())
+    text.load_state_dict(reward.text.state_dict())
+    seen = vision.eval()(pixel_values=preprocess(images(4), 32)).last_hidden_state
+    torch.testing.assert_close(reward.look(images(4)), seen, rtol=1e-5, atol=1e-5)
+    # Padded to the full length as the published code pads; ours only to the longest prompt.
+    tokens = reward.tokenizer(PROMPTS, padding="max_length", max_length=12, return_tensors="pt")
+    expected = text.eval()(**tokens_of(tokens), encoder_hidden_states=seen).last_hidden_state[:, 0]
+    torch.testing.assert_close(reward.features(images(4), PROMPTS), expected, rtol=1e-5, atol=1e-5)
+
+
+def tokens_of(tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tokens[name] for name in ("input_ids", "attention_mask")}
+
+
+def test_prompts_are_padded_to_the_longest_and_that_changes_nothing(
+    reward: VPScore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths, read = [], reward.text.forward
+
+    def watch(input_ids: torch.Tensor, **others: torch.Tensor) -> object:
+        lengths.append(input_ids.shape[1])
+        return read(input_ids=input_ids, **others)
+
+    monkeypatch.setattr(reward.text, "forward", watch)
+    short = reward(images(1), ["a circle"])
+    long = reward(images(1).repeat(2, 1, 1, 1), ["a circle", "a red circle above a blue square"])
+    assert lengths == [4, 9]
+    torch.testing.assert_close(long[:1], short, rtol=0, atol=1e-5)  # masked words weigh exactly 0
+
+
+def test_one_image_for_many_prompts_is_looked_at_once(reward: VPScore, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked, look = [], reward.vision.forward
+
+    def watch(pixel_values: torch.Tensor) -> object:
+        looked.append(len(pixel_values))
+        return look(pixel_values=pixel_values)
+
+    monkeypatch.setattr(reward.vision, "forward", watch)
+    prompts = [*PROMPTS, PROMPTS[0]]
+    shared, copied = images(1, 40, 50).requires_grad_(), images(1, 40, 50).requires_grad_()
+    together = reward(shared.expand(5, -1, -1, -1), prompts)
+    apart = reward(copied.repeat(5, 1, 1, 1), prompts)
+    assert looked == [1, 5]
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-5)
+    weights = torch.arange(5.0)
+    (together * weights).sum().backward()
+    (apart * weights).sum().backward()
+    torch.testing.assert_close(shared.grad, copied.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_several_images_for_some_prompts_each_are_projected_once(reward: VPScore) -> None:
+    tokens = tokens_of(reward.tokenizer([*PROMPTS[:3], *PROMPTS[1:]], padding=True, return_tensors="pt"))
+    seen = reward.look(images(2))
+    few, many = (
+        reward.text(**tokens, encoder_hidden_states=s).last_hidden_state for s in (seen, seen[[0, 0, 0, 1, 1, 1]])
+    )
+    torch.testing.assert_close(few, many, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch", [images(2), images(1).expand(2, -1, -1, -1)])
+def test_another_number_of_prompts_than_images_is_refused(reward: VPScore, batch: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="2 images cannot be scored for 4 prompts"):
+        reward.features(batch, PROMPTS)
+
+
+def test_dropout_in_attention_is_for_training_only() -> None:
+    reward = random_vp_score(dropout=0.5)
+    first, second = (reward.features(images(4), PROMPTS) for _ in range(2))
+    assert (first - second).abs().max() > 1e-3
+    reward.eval()
+    assert torch.equal(reward.features(images(4), PROMPTS), reward.features(images(4), PROMPTS))
+
+
+def test_gradient_checkpointing_computes_layers_twice_and_gives_the_same_gradients() -> None:
+    gradients, calls = [], []
+    for checkpointed in (False, True):
+        reward = random_vp_score(dropout=0.1, gradient_checkpointing=checkpointed)
+        count = {"vision": 0, "text": 0}
+        for name, module in (
+            ("vision", reward.vision.encoder.layers[1].self_attn),
+            ("text", reward.text.encoder.layer[0].attention),
+        ):
+            module.register_forward_hook(lambda *_, name=name, count=count: count.update({name: count[name] + 1}))
+        torch.manual_seed(1)
+        reward(images(4), PROMPTS).square().sum().backward()
+        gradients.append([parameter.grad for parameter in reward.parameters()])
+        calls.append(count)
+    assert calls == [{"vision": 1, "text": 1}, {"vision": 2, "text": 2}]
+    for plain, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(other, plain, rtol=1e-5, atol=1e-6)
+
+
+def test_the_published_freezing_at_full_size() -> None:
+    with torch.device("meta"):
+        reward = VPScore(
+            *published(), BertTokenizer(vocab={"[PAD]": 0, "[UNK]": 1, "[CLS]": 2, "[SEP]": 3, "[MASK]": 4})
+        )
+    reward.freeze(0.7)
+    frozen = {
+        tower: [name for name, parameter in getattr(reward, tower).named_parameters() if not parameter.requires_grad]
+        for tower in ("text", "vision")
+    }
+    # Counted on the published code: 103.2 and 202.5 million parameters.
+    assert (len(frozen["text"]), len(frozen["vision"])) == (213, 197)
+    assert [name for name in frozen["text"] if "layer.8." in name] == ["encoder.layer.8.attention.self.query.weight"]
+    assert [name for name in frozen["vision"] if "layers.16." in name] == ["encoder.layers.16.layer_norm1.weight"]
+    assert not [name for name in frozen["text"] if re.search(r"layer\.(9|10|11)\.", name)]
+    assert not [name for name in frozen["vision"] if re.search(r"layers\.(17|18|19|2\d)\.|post", name)]
+    assert all(parameter.requires_grad for parameter in reward.head.parameters())
+    number = {
+        tower: sum(getattr(reward, tower).get_parameter(n).numel() for n in names) for tower, names in frozen.items()
+    }
+    assert {tower: round(count / 1e6, 1) for tower, count in number.items()} == {"text": 103.2, "vision": 202.5}
+
+
+@pytest.mark.parametrize(
+    ("fraction", "trained"),
+    [
+        (0.0, {"vision.embeddings", "vision.encoder", "vision.post_layernorm", "text.embeddings", "text.encoder"}),
+        (0.2, {"vision.encoder", "vision.post_layernorm", "text.encoder"}),
+        (1.0, set[str]()),
+    ],
+)
+def test_freezing_nothing_the_embeddings_and_both_towers(fraction: float, trained: set[str]) -> None:
+    reward = random_vp_score()
+    reward.freeze(1.0)
+    reward.freeze(fraction)  # whatever was before
+    names = {name for name, parameter in reward.named_parameters() if parameter.requires_grad}
+    assert {".".join(name.split(".")[:2]) for name in names} == {*trained, "head.layers"}
+
+
+def test_towers_in_half_precision_are_not_trained(saved: Path) -> None:
+    reward = VPScore.load(str(saved), dtype="bfloat16")
+    with pytest.raises(ValueError, match="trainer.precision=bf16-mixed"):
+        reward.freeze(0.5)
+    reward.freeze(1.0)
+    reward.train()(images(4), PROMPTS).sum().backward()
+    assert all(parameter.grad is not None for parameter in reward.head.parameters())
 
 
 def test_saving_and_loading_gives_the_same_scores(reward: VPScore, saved: Path) -> None:

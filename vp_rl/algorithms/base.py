@@ -2,15 +2,17 @@
 
 import time
 import zlib
-from abc import ABC
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol, runtime_checkable
+from itertools import islice
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -62,6 +64,10 @@ class PolicyTraining(lightning.LightningModule, ABC):
         self.sampler = sampler
         self.seed = seed
         self.images = 0  # of the running epoch
+        self.on_nonfinite: Literal["raise", "skip"] = "raise"
+        """What becomes of scores that are not finite: an error, or what they are of is left out."""
+        self.scores: Float[Tensor, "prompts images"] | None = None
+        """What the reward last gave, of this rank's images: of DDPO's round, of ReFL's batch."""
         self.strict_loading = False  # checkpoints hold the adapter alone; `on_load_checkpoint` is the strict one
         self._make_optimizer, self._decay = optimizer, decay
 
@@ -84,7 +90,28 @@ class PolicyTraining(lightning.LightningModule, ABC):
 
     def batches(self, prompts: PromptBatches) -> Iterable[Any]:
         """What an epoch of this algorithm trains on, given the epoch's prompts: here, the prompts themselves."""
-        return prompts
+        return PromptLoader(self, prompts)
+
+    def resumable_after(self, batches: int) -> bool:
+        """Whether a run that stops after so many of an epoch's batches can go on as if it had not; here, always."""
+        return True
+
+    @abstractmethod
+    def self_test(self, batch: Any) -> str:
+        """Looks, on the first rows of a batch, whether training could teach anything; before the first update.
+
+        Leaves no gradients behind, and draws no random numbers that training does.
+
+        Returns:
+            What was found, in words.
+
+        Raises:
+            ValueError: it could not.
+        """
+
+    @abstractmethod
+    def describe(self, batch: Any) -> str:
+        """The prompts of a batch, and the sampling steps it trains, in words."""
 
     def generator(self, *position: int) -> torch.Generator:
         """Random numbers of this rank at a position (epoch, batch, ...): nothing to save, nothing to restore."""
@@ -103,43 +130,106 @@ class PolicyTraining(lightning.LightningModule, ABC):
         return gaussian_kl(transition.mean, reference.mean, transition.std)
 
     def score(self, images: Images, prompts: list[str]) -> Scores:
-        """The reward's scores, which must be finite numbers.
+        """The reward's scores, which must be finite numbers unless `on_nonfinite` is to skip.
 
         Raises:
-            ValueError: some are not; names the reward and the first such prompt.
+            ValueError: some are not; names the reward, the first such prompt and the update.
         """
         scores = self.reward(images, prompts)
         bad = ~torch.isfinite(scores)
-        if bad.any():
+        if self.on_nonfinite == "raise" and bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(
                 f"{type(self.reward).__name__} gave {scores[row].item()} for the image of {prompts[row]!r} "
-                f"({int(bad.sum())} of {len(scores)} scores are not finite). The last checkpoint is intact: "
-                "look at that image, or try trainer.precision=32-true."
+                f"after {self.global_step} updates ({int(bad.sum())} of {len(scores)} scores are not finite). The last "
+                "checkpoint is intact: look at that image, try trainer.precision=32-true, or leave such prompts out "
+                "with callbacks.guards.on_nonfinite=skip."
             )
         return scores
 
+    def in_half_precision(self) -> bool:
+        """Whether any of the policy's computing is in fewer than 32 bits."""
+        weights = {parameter.dtype for parameter in self.policy.parameters()}
+        whole = str(self.trainer.precision) in {"32-true", "64-true"}
+        return not whole or bool(weights - {torch.float32, torch.float64})
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Drops the frozen weights: they come from the policy's and the reward's own files."""
-        checkpoint["state_dict"] = {
-            name: tensor for name, tensor in checkpoint["state_dict"].items() if name in self._trained()
-        }
+        """Drops the frozen weights: they come from the policy's and the reward's own files.
+
+        What changes in a reward while the policy is trained, it has as its modules' extra state (`get_extra_state`).
+        """
+        kept = self._kept()
+        checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in kept}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another adapter.
 
         Raises:
-            ValueError: the checkpoint's tensors are not the ones this run trains.
+            ValueError: the checkpoint's tensors are not the ones this run trains, or its reward's state is another's.
         """
-        wrong = checkpoint["state_dict"].keys() ^ self._trained()
+        wrong = checkpoint["state_dict"].keys() ^ self._kept()
         if wrong:
+            what = "reward" if all(name.startswith("reward.") for name in wrong) else "policy or adapter"
             raise ValueError(
-                f"This checkpoint is of another policy or adapter: {len(wrong)} tensors differ, {min(wrong)!r} first. "
+                f"This checkpoint is of another {what}: {len(wrong)} tensors differ, {min(wrong)!r} first. "
                 "Resume with the settings of the run that wrote it."
             )
 
-    def _trained(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+    def _kept(self) -> set[str]:
+        trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        extra = (name for name in self.reward.state_dict(prefix="reward.") if name.endswith("_extra_state"))
+        return trained | set(extra)
+
+
+class EpochLoader(ABC):
+    """An epoch's batches from where the run is in it: all of them, or those that a resumed run has not had.
+
+    What a batch is follows from its place in the run, which Lightning restores: there is nothing else to save. That it
+    could be saved tells Lightning that the loader knows how to go on.
+    """
+
+    def __init__(self, algorithm: PolicyTraining, prompts: PromptBatches) -> None:
+        self._algorithm, self._prompts = algorithm, prompts
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __iter__(self) -> Iterator[Any]: ...
+
+    def done(self) -> int:
+        """Batches of the running epoch that came before: above 0 where a resumed run asks for its first."""
+        return self._algorithm.trainer.fit_loop.epoch_loop.batch_progress.current.ready
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027  # Lightning looks whether it is there
+        """Nothing to read."""
+
+
+class PromptLoader(EpochLoader):
+    """Batches of prompts."""
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        # A generator: it must not look before the first batch is asked for, when Lightning knows where it is.
+        yield from islice(self._prompts, self.done(), None)
+
+
+def differ(scores: Float[Tensor, "groups images"]) -> Bool[Tensor, " groups"]:
+    """Whether the scores of a group differ by more than rounding: only then is there something to learn from it."""
+    apart = scores.amax(1) - scores.amin(1)
+    return apart > 1e-6 * scores.mean(1).abs().clamp(min=1)
+
+
+def total_norm(gradients: list[Tensor]) -> float:
+    """Euclidean norm of all of them together; NaN or infinite where any number of theirs is."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()  # sharded by FSDP2
 
 
 def decaying(optimizer: Optimizer, trainer: lightning.Trainer) -> OptimizerLRScheduler:

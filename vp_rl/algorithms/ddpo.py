@@ -26,12 +26,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining, PromptBatches
+from vp_rl.algorithms.base import EpochLoader, MakeOptimizer, PolicyTraining, PromptBatches, differ
 from vp_rl.functional import clipped_surrogate, group_advantages
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler, log_prob_of, repeat
 from vp_rl.types import Conditioning, Latents, PromptBatch, Steps, take
 
+_SELF_TEST = 8  # states
+_DRIFT = {False: 1e-4, True: 1e-2}  # between log-probabilities that rounding makes: in float32, in half precision
 _KL_PROBE = 16  # states of a round on which the distance to the reference is measured; 64 cost 8% of the round
 
 
@@ -121,11 +123,21 @@ class DDPO(PolicyTraining):
         self.states_per_prompt = images_per_prompt * self.steps_per_sample if branch is None else 1
         self._weight = stds / stds[self.trained_steps].mean() if weight_by_std else torch.ones_like(stds)
         self.conditioning: Conditioning = {}
+        self.prompts: list[str] = []  # of the running round
+        self._sampled_after = -1  # that many updates
         self._rounds: list[dict[str, float]] = []
 
     def batches(self, prompts: PromptBatches) -> "RolloutLoader":
         """Each batch of prompts is one round: sampled when it is asked for, then served as micro-batches."""
         return RolloutLoader(self, prompts)
+
+    def batches_per_round(self, prompts: int) -> int:
+        """Micro-batches that a round of so many prompts is served as."""
+        return self.inner_epochs * math.ceil(prompts * self.states_per_prompt / self.train_batch)
+
+    def resumable_after(self, batches: int) -> bool:
+        """Between rounds: a round's images are not kept, and could not be sampled again by a policy that has moved."""
+        return batches % self.batches_per_round(len(self.prompts)) == 0
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """The clipped surrogate of one micro-batch of states, plus the KL where it is wanted."""
@@ -143,7 +155,31 @@ class DDPO(PolicyTraining):
         clipped = ((ratio - 1).abs() > self.clip_range).float().mean()
         values = {"train/loss": loss, "train/ratio": ratio.mean(), "train/clip_fraction": clipped}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(ratio), sync_dist=True)
+        if self.global_step == self._sampled_after:  # the policy is still the one that sampled
+            drift = log_ratio.detach().abs().max()
+            self.log("train/log_prob_drift", drift, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
         return loss
+
+    @torch.no_grad()
+    def self_test(self, batch: StepBatch) -> str:
+        """Replays steps of the round under the policy that sampled them: their log-probabilities must be the same."""
+        few = StepBatch(*(field[:_SELF_TEST] for field in batch))
+        transition = self.sampler.transition(self.policy, few.latents, few.step, take(self.conditioning, few.prompt))
+        again = log_prob_of(few.next_latents.flatten(0, 1), repeat(transition, few.next_latents.shape[1]))
+        drift = (again - few.log_probs.flatten()).abs().max().item()
+        tolerance = _DRIFT[self.in_half_precision()]
+        if not drift <= tolerance:
+            raise ValueError(
+                f"Before any update the policy gives its own steps log-probabilities that differ by {drift:.2g} from "
+                f"those it sampled them with (rounding makes at most {tolerance:.0e}): DDPO would learn from that "
+                "difference. Is dropout on, or is sampling done in another precision than training?"
+            )
+        return f"replayed log-probabilities are those of sampling, to {drift:.1e}"
+
+    def describe(self, batch: StepBatch) -> str:
+        """Its prompts and sampling steps."""
+        prompts = [self.prompts[row] for row in batch.prompt.unique().tolist()]
+        return f"sampling steps {batch.step.unique().tolist()} of {prompts}"
 
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's clock."""
@@ -161,6 +197,7 @@ class DDPO(PolicyTraining):
     @torch.no_grad()
     def rollout(self, batch: PromptBatch, *position: int) -> Rollout:
         """Samples a round's images, scores them, and keeps the states that their random steps start from."""
+        self.prompts = batch.prompts
         generator, started = self.generator(*position), time.monotonic()
         conditioning = self.policy.encode(batch.prompts)
         prompt = torch.arange(len(batch.prompts), device=self.device).repeat_interleave(self.images_per_prompt)
@@ -173,14 +210,18 @@ class DDPO(PolicyTraining):
                 for rows in torch.arange(len(prompt), device=self.device).split(self.sample_batch)
             ]
         )
-        advantages = group_advantages(scores, prompt, self.advantage_clip).repeat_interleave(self.steps_per_sample)
+        self.scores, self._sampled_after = scores.unflatten(0, (len(batch.prompts), -1)), self.global_step
+        scored = torch.isfinite(self.scores).all(1)  # where not, there is no score to stand out from
+        known = torch.where(scored[:, None], self.scores, 0.0).flatten()
+        advantages = group_advantages(known, prompt, self.advantage_clip).repeat_interleave(self.steps_per_sample)
         states = states._replace(advantages=advantages.reshape(states.log_probs.shape))
         kl = self._kl_on_a_few(states, conditioning)
         self.images += len(scores)
         self._rounds.append(
             {
-                "train/reward": scores.mean().item(),
-                "train/reward_std": scores.std().item(),
+                "train/reward": self.scores[scored].mean().item(),
+                "train/reward_std": self.scores[scored].std().item(),
+                "train/zero_variance_groups": 1 - differ(self.scores).float().mean().item(),
                 "train/kl": kl.item(),
                 "train/seconds_sampling": sampled - started,
                 "train/seconds_reward": time.monotonic() - sampled,
@@ -234,21 +275,23 @@ class DDPO(PolicyTraining):
         return self.kl_to_reference(transition, latents, step, few).mean()
 
 
-class RolloutLoader:
+class RolloutLoader(EpochLoader):
     """An epoch of DDPO: for each batch of prompts, a fresh rollout, served as shuffled micro-batches."""
 
     def __init__(self, algorithm: DDPO, prompts: PromptBatches) -> None:
-        self._algorithm, self._prompts = algorithm, prompts
+        super().__init__(algorithm, prompts)
+        self._ddpo = algorithm
 
     def __len__(self) -> int:
         """Known beforehand, so that Lightning fetches no batch ahead: its policy would be one update old."""
-        algorithm = self._algorithm
-        states = self._prompts.batch_size * algorithm.states_per_prompt
-        return len(self._prompts) * algorithm.inner_epochs * math.ceil(states / algorithm.train_batch)
+        return len(self._prompts) * self._ddpo.batches_per_round(self._prompts.batch_size)
 
     def __iter__(self) -> Iterator[StepBatch]:
-        algorithm = self._algorithm
+        algorithm = self._ddpo
+        before = self.done() // algorithm.batches_per_round(self._prompts.batch_size)
         for number, batch in enumerate(self._prompts):
+            if number < before:
+                continue
             position = (algorithm.current_epoch, number)
             with algorithm.trainer.precision_plugin.forward_context():
                 states, algorithm.conditioning = algorithm.rollout(batch, *position)

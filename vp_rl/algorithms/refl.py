@@ -10,15 +10,19 @@ What differs from the published script (paper.md 2.7):
 4. Guidance and the sampler are settings; as in the script, the default is none.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining
+from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining, total_norm
 from vp_rl.functional import hinge_reward_loss
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
-from vp_rl.types import Images, PromptBatch
+from vp_rl.types import Conditioning, Images, Latents, PromptBatch, Steps
+
+_SELF_TEST = 2  # prompts
 
 
 class ReFL(PolicyTraining):
@@ -61,21 +65,53 @@ class ReFL(PolicyTraining):
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """One batch of prompts: sample to a random step, predict the image there, push its score up."""
         generator = self.generator(self.current_epoch, batch_idx)
-        stop = self.stops[int(torch.randint(len(self.stops), (1,), generator=generator))]
-        conditioning = self.policy.encode(batch.prompts)
-        latents = self.sampler.sample(self.policy, conditioning, generator, until=stop)
-        step = torch.full((len(latents),), stop, device=latents.device)
+        latents, step, conditioning = self._sample(batch.prompts, generator)
         transition = self.sampler.transition(self.policy, latents, step, conditioning)
         scores = self.score(self.policy.decode(transition.x0), batch.prompts)
+        self.scores = scores.detach()[:, None]
         loss = self.reward_weight * hinge_reward_loss(scores, self.target)
         if self.pretrain_weight:
             loss = loss + self.pretrain_weight * self._pretrain_loss(batch, generator)
-        values = {"train/reward": scores.mean(), "train/loss": loss}
+        values = {"train/reward": scores[torch.isfinite(scores)].mean(), "train/loss": loss}
         if transition.std.all():  # a deterministic step has no density, so no KL
             values["train/kl"] = self.kl_to_reference(transition, latents, step, conditioning).mean()
         self.images += len(scores)
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(scores), sync_dist=True)
         return loss
+
+    def _sample(self, prompts: list[str], generator: torch.Generator) -> tuple[Latents, Steps, Conditioning]:
+        """Latents before a random stop step, that step, and the encoded prompts."""
+        stop = self.stops[int(torch.randint(len(self.stops), (1,), generator=generator))]
+        conditioning = self.policy.encode(prompts)
+        latents = self.sampler.sample(self.policy, conditioning, generator, until=stop)
+        return latents, torch.full((len(latents),), stop, device=latents.device), conditioning
+
+    def self_test(self, batch: PromptBatch) -> str:
+        """The reward's gradient must reach the adapter: finite, and not all zero."""
+        prompts = batch.prompts[:_SELF_TEST]
+        latents, step, conditioning = self._sample(prompts, self.generator(-1))
+        transition = self.sampler.transition(self.policy, latents, step, conditioning)
+        trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
+        self.score(self.policy.decode(transition.x0), prompts).sum().backward()
+        norm = total_norm([parameter.grad for parameter in trained if parameter.grad is not None])
+        for parameter in trained:
+            parameter.grad = None
+        reward = type(self.reward).__name__
+        if not math.isfinite(norm):
+            raise ValueError(
+                f"The gradient of {reward} on the adapter is not finite (stop step {int(step[0])}, prompts {prompts}): "
+                "nothing can be learned from it. Try trainer.precision=32-true, or another algorithm.window."
+            )
+        if norm == 0:
+            raise ValueError(
+                f"No gradient of {reward} reaches the adapter (stop step {int(step[0])}, prompts {prompts}): nothing "
+                "would be learned. Are all images black or white there, or does the reward cut its gradients off?"
+            )
+        return f"the reward's gradient reaches the adapter, with norm {norm:.1e}"
+
+    def describe(self, batch: PromptBatch) -> str:
+        """Its prompts; the stop step follows from the update."""
+        return str(batch.prompts)
 
     def _pretrain_loss(self, batch: PromptBatch, generator: torch.Generator) -> Tensor:
         if batch.images is None or batch.captions is None:

@@ -6,10 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float, Int
 
+from vp_rl.evaluation.protocols import Outcome
 from vp_rl.types import ASPECTS, Aspect
 from vp_rl.visionprefer.pairs import pairs
 
 _RESAMPLES = 2000
+_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -53,16 +55,29 @@ def pairwise_accuracy(
                 gap = column[better] - column[worse]
                 right[index, number] += tie if gap == 0 else gap > 0
                 total[index, number] += 1
-    return {rule: _accuracy(right[index], total[index]) for index, rule in enumerate(rules)}
+    return {rule: share(right[index], total[index]) for index, rule in enumerate(rules)}
 
 
-def _accuracy(right: Float[np.ndarray, " prompts"], total: Float[np.ndarray, " prompts"]) -> Accuracy:
+def accuracy(outcome: Outcome) -> Accuracy:
+    """A protocol's accuracy; prompts of the same text are drawn together. `pairs` counts prompts where it averages."""
+    cluster = np.unique(outcome.prompts, return_inverse=True)[1]
+    earned, possible = (np.bincount(cluster, values).astype(float) for values in (outcome.earned, outcome.possible))
+    return share(earned, possible)
+
+
+def share(right: Float[np.ndarray, " prompts"], total: Float[np.ndarray, " prompts"]) -> Accuracy:
+    """sum(right) / sum(total) with an interval from drawing prompts with replacement; not a number without a pair."""
     if not total.sum():
         return Accuracy(float("nan"), float("nan"), float("nan"), 0)
     rng = np.random.default_rng(0)
-    weights = rng.multinomial(len(total), np.full(len(total), 1 / len(total)), size=_RESAMPLES)
-    counts = weights @ total
-    low, high = np.quantile((weights @ right)[counts > 0] / counts[counts > 0], [0.025, 0.975])
+    even = np.full(len(total), 1 / len(total))
+    both = np.stack([right, total], 1)
+    # A few draws at a time: the weights of all of them would be 2000 numbers a prompt.
+    sums = np.concatenate(
+        [rng.multinomial(len(total), even, size=_AT_ONCE) @ both for _ in range(0, _RESAMPLES, _AT_ONCE)]
+    )
+    drawn = sums[sums[:, 1] > 0]
+    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
     return Accuracy(float(right.sum() / total.sum()), float(low), float(high), int(total.sum()))
 
 

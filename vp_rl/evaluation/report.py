@@ -172,14 +172,14 @@ def _settings(folder: Path) -> tuple[str, str, dict[str, Any]]:
     given = yaml.safe_load(overrides.read_text(encoding="utf-8")) if overrides.is_file() else []
     tree = yaml.safe_load(text) or {}
     command = shlex.join(["python", "train.py", *given]) if given else ""
-    return _public(command), _public(text), tree.get("policy", {})
+    return public(command), public(text), tree.get("policy", {})
 
 
 def _code(policy: dict[str, Any], sampler: Sampler, prompt: str, seed: int) -> str:
     """Plain diffusers, which makes the image for the first prompt again."""
     path = str(policy.get("path", "the base model"))
     embedded = path in tiny.NAMES
-    source = f"resolve({path!r})" if embedded else repr(_public(path))
+    source = f"resolve({path!r})" if embedded else repr(public(path))
     dtype = policy.get("dtype", "float32")  # said, since text encoders load in the type they were saved in
     call = {
         "num_inference_steps": sampler.steps,
@@ -206,7 +206,7 @@ def _code(policy: dict[str, Any], sampler: Sampler, prompt: str, seed: int) -> s
     return "\n".join(lines)
 
 
-def _public(text: str) -> str:
+def public(text: str) -> str:
     """Without what a report must not give away: credentials, hosts, and the folders above a file."""
     secret = r"(?i)([\w.]*(?:(?:api|access|secret|private)_?key|token|secret|password)['\"]?\s*[:=][ \t]*)[^\s#]+"
     text = re.sub(secret, r"\1(hidden)", text)

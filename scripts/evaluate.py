@@ -1,0 +1,134 @@
+"""How good a reward is: how often it agrees with people. Stop it whenever you like and start it again.
+
+python scripts/evaluate.py accuracy reward=vp_score data=visionprefer
+python scripts/evaluate.py accuracy reward=[vp_score,image_reward] data=[image_reward_db,hpd_v2,pick_a_pic]
+python scripts/evaluate.py accuracy --help
+"""
+
+import gc
+import logging
+import os
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
+
+import hydra
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vp_rl.evaluation.accuracy_report import console, write
+from vp_rl.evaluation.human_accuracy import Result, measure
+from vp_rl.evaluation.scoring import Scorer, fingerprint, score_set
+from vp_rl.evaluation.sets.base import HumanSet, Judged
+
+log = logging.getLogger("vp_rl")
+
+COMMANDS = ("accuracy",)
+_LISTS = {"reward": ("reward", "rewards", "vp_score"), "data": ("human", "data", "visionprefer")}
+_COMMAND = shlex.join(["python", "scripts/evaluate.py", *sys.argv[1:]])
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
+def accuracy(config: DictConfig) -> None:
+    """Rewards on sets of human judgements."""
+    try:
+        results = evaluate(config)
+    except InstantiationException as error:
+        stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError | ImportError) else error)
+    except (ValueError, OSError, OmegaConfBaseException) as error:
+        stop(error)
+    except KeyboardInterrupt:
+        sys.exit("stopped; all scores are kept, start the same command again to go on")
+    else:
+        print(console(results))
+        log.info("report: %s", write(results, Path(config.folder), _COMMAND))
+
+
+def evaluate(config: DictConfig) -> list[Result]:
+    """Every reward on every set; one reward is in memory at a time.
+
+    Raises:
+        ValueError, OSError: see `HumanSet.load`, `Scorer` and the rewards.
+    """
+    sets: dict[str, tuple[HumanSet, list[Judged]]] = {}
+    for name in config.data:  # all of them first: what is missing shows before hours of scoring
+        human: HumanSet = instantiate(config.data[name])
+        sets[name] = human, human.load()
+    results = []
+    for name in config.rewards:
+        torch.manual_seed(config.seed)  # a pretrained tower without a head gets the same new one every time
+        reward = instantiate(config.rewards[name])
+        log.info("%s", name)
+        scorer = Scorer(reward, config.batch_size, config.device, config.threads)
+        own = f"{name}-{fingerprint(_settings(config.rewards[name]), reward=reward)}"
+        for key, (human, judged) in sets.items():
+            kept = Path(config.folder) / "scores" / own / f"{key}-{fingerprint(key, human.stamp())}"
+            results.append(measure(name, human, judged, score_set(scorer, human, judged, kept)))
+        del reward, scorer
+        gc.collect()
+    return results
+
+
+def _settings(node: DictConfig) -> str:
+    return str(OmegaConf.to_container(node, resolve=True))
+
+
+def expand(arguments: Sequence[str]) -> list[str]:
+    """Turns `reward=[a,b]` and `data=[c]` into what Hydra puts at `rewards.a`, `rewards.b` and `data.c`.
+
+    Hydra itself would merge the options of a list into one node. Without a choice there is the embedded one.
+
+    Raises:
+        ValueError: a list has no name in it, or one twice.
+    """
+    found: list[str] = []
+    missing = dict(_LISTS)
+    for argument in arguments:
+        key, is_choice, value = argument.partition("=")
+        if key not in _LISTS or not is_choice:
+            found.append(argument)
+            continue
+        names = [name.strip() for name in re.sub(r"^\[|\]$", "", value.strip()).split(",")]
+        if "" in names or len(set(names)) < len(names):
+            raise ValueError(f"{argument!r}: give one name, or different ones as {key}=[a,b].")
+        group, place, _ = _LISTS[key]
+        found += [f"+{group}@{place}.{name}={name}" for name in names]
+        missing.pop(key, None)
+    chosen = {argument.lstrip("+").partition("=")[0].partition(".")[0] for argument in found}
+    for group, place, default in missing.values():
+        if f"{group}@{place}" not in chosen:
+            found.append(f"+{group}@{place}.{default}={default}")
+    return found
+
+
+def stop(error: BaseException) -> None:
+    """One message for what the user can put right; HYDRA_FULL_ERROR=1 shows where it came from."""
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise error
+    sys.exit(f"error: {error}")
+
+
+def main() -> None:
+    """Finds out what is to be evaluated, and leaves the rest to Hydra."""
+    command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command not in COMMANDS:
+        sys.exit(
+            f"error: {command!r} is nothing that can be evaluated: choose from {', '.join(COMMANDS)}, as in "
+            "`python scripts/evaluate.py accuracy reward=vp_score data=visionprefer`."
+        )
+    try:
+        sys.argv[1:] = expand(sys.argv[2:])
+    except ValueError as error:
+        stop(error)
+    accuracy()
+
+
+if __name__ == "__main__":
+    main()

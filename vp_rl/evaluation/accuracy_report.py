@@ -1,0 +1,208 @@
+"""What an evaluation of rewards leaves: `accuracy.md` and the page `accuracy.html`, published numbers included."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+from vp_rl.evaluation import report
+from vp_rl.evaluation.accuracy import Accuracy
+from vp_rl.evaluation.calibration import as_png, as_svg
+from vp_rl.evaluation.human_accuracy import Result
+from vp_rl.evaluation.published import Column, published
+from vp_rl.visionprefer.markdown import Markdown, escape, table
+
+_PAGES = jinja2.Environment(
+    loader=jinja2.PackageLoader("vp_rl.evaluation", "."), autoescape=True, undefined=jinja2.StrictUndefined
+)
+_NAMED = 20  # unreadable images
+
+
+class Cell(NamedTuple):
+    """A number of a table, formatted."""
+
+    value: str = "–"
+    interval: str = ""
+
+
+class Line(NamedTuple):
+    """A row of a table."""
+
+    name: str
+    cells: list[Cell]
+    source: str = ""
+    """Where it was published; empty for what was measured here."""
+
+
+class Section(NamedTuple):
+    """Everything about one set, formatted."""
+
+    title: str
+    about: str
+    notes: list[str]
+    protocols: list[str]
+    lines: list[Line]
+    """A reward a line, a protocol a column."""
+    aspects: list[str]
+    by_aspect: list[Line]
+    generators: list[str]
+    by_generator: list[Line]
+    svg: str
+
+
+def write(results: Sequence[Result], folder: Path, command: str) -> Path:
+    """Writes the report, `calibration-*.png`, and `accuracy.json` with all numbers; returns the page's path.
+
+    Args:
+        results: of every reward on every set, one after the other.
+        command: what made them.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    titles = list(dict.fromkeys(result.title for result in results))
+    by_set = {title: [result for result in results if result.title == title] for title in titles}
+    columns = [(title, m.protocol) for title, own in by_set.items() for m in own[0].measured]
+    overview = [*_measured(results, columns), *_published(titles, columns)]
+    sections = [_section(title, own) for title, own in by_set.items()]
+    pictures = {title: f"calibration-{number}.png" for number, title in enumerate(titles, start=1)}
+    for title, own in by_set.items():
+        as_png({result.reward: result.calibration for result in own}, folder / pictures[title])
+    numbers = json.dumps([_plain(result) for result in results], indent=2)
+    (folder / "accuracy.json").write_text(numbers + "\n", encoding="utf-8")
+    (folder / "accuracy.md").write_text(_markdown(columns, overview, sections, pictures), encoding="utf-8")
+    page = _PAGES.get_template("accuracy.html").render(
+        columns=columns, overview=overview, sections=sections, command=report.public(command)
+    )
+    (folder / "accuracy.html").write_text(page, encoding="utf-8")
+    return folder / "accuracy.html"
+
+
+def console(results: Sequence[Result]) -> str:
+    """A table for a terminal: a line for each reward, set and protocol."""
+    rows = [
+        (result.reward, result.title, m.protocol, _text(_cell(m.accuracy)))
+        for result in results
+        for m in result.measured
+    ]
+    return table(["reward", "set", "protocol", "%, 95% interval"], rows)
+
+
+def _measured(results: Sequence[Result], columns: Sequence[Column]) -> list[Line]:
+    lines = []
+    for name in dict.fromkeys(result.reward for result in results):
+        own = {(r.title, m.protocol): m.accuracy for r in results if r.reward == name for m in r.measured}
+        lines.append(Line(name, [_cell(own[column]) if column in own else Cell() for column in columns]))
+    return lines
+
+
+def _published(titles: Sequence[str], columns: Sequence[Column]) -> list[Line]:
+    lines = []
+    for each in published(*titles):
+        cells = [Cell(_digits(each.accuracy[column])) if column in each.accuracy else Cell() for column in columns]
+        lines.append(Line(each.reward, cells, each.source))
+    return lines
+
+
+def _digits(value: float) -> str:
+    """One digit, or as many as were published."""
+    return max(f"{value:.1f}", f"{value:g}", key=len)
+
+
+def _section(title: str, results: Sequence[Result]) -> Section:
+    first = results[0]
+    aspects = list(dict.fromkeys(name for result in results for name in result.aspects))
+    generators = list(dict.fromkeys(name for result in results for name in result.generators))
+    return Section(
+        title=title,
+        about=f"{first.prompts:,} prompts or pairs, {first.images:,} images",
+        notes=_notes(results),
+        protocols=[m.protocol for m in first.measured],
+        lines=[Line(result.reward, [_cell(m.accuracy) for m in result.measured]) for result in results],
+        aspects=[name.replace("_", " ") for name in aspects],
+        by_aspect=[Line(result.reward, [_cell(result.aspects[name]) for name in aspects]) for result in results],
+        generators=generators,
+        by_generator=_by_generator(results, generators),
+        svg=as_svg({result.reward: result.calibration for result in results}),
+    )
+
+
+def _by_generator(results: Sequence[Result], generators: Sequence[str]) -> list[Line]:
+    """Accuracy of each reward, and what share of its pairs a generator wins by people and by each reward."""
+    if not generators:
+        return []
+    lines = [Line("wins by people", [_share(results[0].generators[name].people) for name in generators])]
+    for result in results:
+        own = [result.generators[name] for name in generators]
+        lines.append(Line(f"wins by {result.reward}", [_share(each.reward) for each in own]))
+        lines.append(Line(f"accuracy of {result.reward}", [_cell(each.accuracy) for each in own]))
+    return lines
+
+
+def _notes(results: Sequence[Result]) -> list[str]:
+    """What must be known of a set's numbers."""
+    notes = [results[0].about] if results[0].about else []
+    notes += [f"{result.reward}: {m.note}." for result in results for m in result.measured if m.note]
+    unreadable = {name: problem for result in results for name, problem in result.unreadable.items()}
+    if unreadable:
+        named = [f"{name} ({problem})" for name, problem in list(unreadable.items())[:_NAMED]]
+        more = [f"and {len(unreadable) - _NAMED} more"] if len(unreadable) > _NAMED else []
+        notes.append(
+            f"Images that could not be read and are left out, {len(unreadable)} in all: {', '.join(named + more)}."
+        )
+    return notes
+
+
+def _cell(accuracy: Accuracy) -> Cell:
+    return Cell(f"{100 * accuracy.share:.1f}", _interval(accuracy)) if accuracy.pairs else Cell()
+
+
+def _share(value: float) -> Cell:
+    return Cell(f"{100 * value:.1f}")
+
+
+def _interval(accuracy: Accuracy) -> str:
+    return f"[{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]"
+
+
+def _markdown(
+    columns: Sequence[Column], overview: Sequence[Line], sections: Sequence[Section], pictures: Mapping[str, str]
+) -> str:
+    head = ["reward", *[f"{title}: {protocol}" for title, protocol in columns], "published in"]
+    rows = [[line.name, *map(_text, line.cells), line.source or "measured here"] for line in overview]
+    parts = ["# Accuracy of rewards on human judgements", _INTRODUCTION, table(head, rows)]
+    for section in sections:
+        parts += [f"## {escape(section.title)}", f"{section.about}."]
+        parts += [Markdown(f"- {escape(note)}") for note in section.notes]
+        for names, lines in ((section.aspects, section.by_aspect), (section.generators, section.by_generator)):
+            if names:
+                parts.append(table(["", *names], [[line.name, *map(_text, line.cells)] for line in lines]))
+        parts.append(f"![Calibration]({pictures[section.title]})")
+    return "\n\n".join(parts) + "\n"
+
+
+_INTRODUCTION = (
+    "In percent, with 95% intervals from drawing prompts anew. Published numbers are as their sources have them: a "
+    "number in another column is by another protocol and cannot be compared."
+)
+
+
+def _text(cell: Cell) -> Markdown:
+    return Markdown(f"{cell.value} {cell.interval}".strip())
+
+
+def _plain(result: Result) -> dict[str, Any]:
+    return {
+        "reward": result.reward,
+        "set": result.title,
+        "prompts": result.prompts,
+        "images": result.images,
+        "unreadable": result.unreadable,
+        "accuracy": {m.protocol: {**vars(m.accuracy), "note": m.note} for m in result.measured},
+        "aspects": {name: vars(each) for name, each in result.aspects.items()},
+        "generators": {
+            name: {**vars(each.accuracy), "wins_by_people": each.people, "wins_by_reward": each.reward}
+            for name, each in result.generators.items()
+        },
+        "calibration": [{"gap": each.gap, **each.agree._asdict()} for each in result.calibration],
+    }

@@ -1,0 +1,143 @@
+"""A set's folder: downloaded if it is absent, its tables, and its images as files or in archives."""
+
+import json
+import tarfile
+import zipfile
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as parquet
+from huggingface_hub import snapshot_download
+
+Row = dict[str, Any]
+
+
+class Hub(NamedTuple):
+    """Where a set can be downloaded from."""
+
+    repository: str
+    """Of the Hugging Face hub: OWNER/NAME."""
+    files: Sequence[str]
+    """What is needed of it: names, or patterns such as `data/test-*`. A `.tar.gz` among it is unpacked."""
+    revision: str | None = None
+
+
+def fetch(folder: Path, needed: str, hub: Hub | None) -> None:
+    """Sees to it that `needed` is in the folder.
+
+    Args:
+        needed: a file's name, or a pattern that one matches.
+        hub: where to download the set from if it is not there; None: nowhere.
+
+    Raises:
+        FileNotFoundError: it is not there, and not on the hub.
+        ValueError: it cannot be downloaded.
+    """
+    if any(folder.glob(needed)):
+        return
+    if hub is None:
+        raise FileNotFoundError(f"There is no {needed} in '{folder}': give the set's folder, or where to download it.")
+    try:
+        snapshot_download(
+            hub.repository,
+            repo_type="dataset",
+            revision=hub.revision,
+            allow_patterns=list(hub.files),
+            local_dir=folder,
+        )
+    except Exception as error:  # network, file system, and what the hub's client makes of them
+        raise ValueError(
+            f"There is no {needed} in '{folder}', and {hub.repository} cannot be downloaded from the hub: {error}"
+        ) from error
+    for archive in sorted(folder.glob("*.tar.gz")):
+        with tarfile.open(archive) as packed:
+            packed.extractall(folder, filter="data")
+    if not any(folder.glob(needed)):
+        raise FileNotFoundError(f"{hub.repository} was downloaded to '{folder}', but there is no {needed} in it.")
+
+
+def rows(file: Path, columns: Collection[str]) -> list[Row]:
+    """The rows of a table that fits in memory: `.json` (a list of objects), `.jsonl`, or `.parquet`.
+
+    Raises:
+        ValueError: it cannot be read, or lacks a column.
+    """
+    try:
+        if file.suffix == ".parquet":
+            absent = set(columns) - set(parquet.read_schema(file).names)
+            found = [] if absent else parquet.ParquetFile(file).read(list(columns)).to_pylist()
+        else:
+            text = file.read_text(encoding="utf-8")
+            found = json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
+            absent = {column for column in columns if any(column not in row for row in found)}
+    except (OSError, ValueError, TypeError) as error:  # pyarrow's own errors are among these
+        raise ValueError(f"'{file}' cannot be read as a {file.suffix} table of judgements: {error}") from error
+    if absent:
+        raise ValueError(f"'{file}' has no column {', '.join(sorted(absent))}: name the right ones in `columns`.")
+    return found
+
+
+class Pictures:
+    """Image files by name: below a folder, or in a zip archive that stands in place of one of its subfolders.
+
+    An archive's members are found by their whole name or by its last part, since people pack both ways.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._archives: dict[Path, zipfile.ZipFile] = {}
+        self._members: dict[Path, dict[str, str]] = {}
+
+    def missing(self, names: Collection[str]) -> list[str]:
+        """Those that are in none of the places."""
+        return [name for name in names if self._place(name) is None]
+
+    def read(self, names: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        """Name and content of each, one at a time."""
+        for name in names:
+            place = self._place(name)
+            if place is None:
+                raise FileNotFoundError(f"No image '{name}' in '{self._folder}'.")
+            archive, member = place
+            yield name, (self._folder / name).read_bytes() if archive is None else self._archives[archive].read(member)
+
+    def _place(self, name: str) -> tuple[Path | None, str] | None:
+        if (self._folder / name).is_file():
+            return None, name
+        parts = Path(name).parts
+        for depth in range(len(parts) - 1, -1, -1):  # of images/test/test_1/a.webp: images/test/test_1.zip, first
+            above = self._folder.joinpath(*parts[:depth])
+            archive = above.with_name(above.name + ".zip")
+            members = self._index(archive)
+            for wanted in ("/".join(parts[depth:]), parts[-1]):
+                if wanted in members:
+                    return archive, members[wanted]
+        return None
+
+    def _index(self, archive: Path) -> dict[str, str]:
+        if archive not in self._members:
+            names: list[str] = []
+            if archive.is_file():
+                self._archives[archive] = zipfile.ZipFile(archive)
+                names = self._archives[archive].namelist()
+            self._members[archive] = {Path(name).name: name for name in names} | {name: name for name in names}
+        return self._members[archive]
+
+
+def require(pictures: Pictures, names: Collection[str], what: str) -> None:
+    """Refuses a set whose images are not all there, before anything costly is done.
+
+    Raises:
+        FileNotFoundError: some are missing; names the first of them.
+    """
+    if missing := pictures.missing(names):
+        raise FileNotFoundError(
+            f"{len(missing)} of {len(names)} images of {what} are missing, '{missing[0]}' first: download them all, "
+            "or say in `images` where they are."
+        )
+
+
+def stamp(*files: Path) -> str:
+    """Names, sizes and times of change."""
+    return "|".join(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files)

@@ -1,0 +1,171 @@
+"""Pairs of images of which people chose one: with the images in files (HPD v3) or in the table (Pick-a-Pic)."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as parquet
+
+from vp_rl.evaluation.protocols import Protocol
+from vp_rl.evaluation.sets.base import HumanSet, Judged, pair
+from vp_rl.evaluation.sets.files import Hub, Pictures, Row, fetch, require, rows, stamp
+
+_AT_ONCE = 16  # rows of a table with images inside: tens of MB
+
+
+class PairColumns(NamedTuple):
+    """What the columns of a table of pairs are; `first` and `second` each have two images' columns."""
+
+    prompt: str = "prompt"
+    images: Sequence[str] = ("path1", "path2")
+    """The files' names, or what identifies the images where they are in the table."""
+    label: str | None = None
+    """1: the first is preferred, 0: the second, 0.5: a tie. None: it is always the first."""
+    votes: str | None = None
+    """A list of two numbers: how many people chose the first, and the second; may be empty or absent in a row."""
+    generators: Sequence[str] | None = None
+
+    def names(self) -> set[str]:
+        """All of them but `votes`, which not every row must have."""
+        optional = () if self.label is None else (self.label,)
+        return {self.prompt, *self.images, *optional, *(self.generators or ())}
+
+
+class FilePairs(HumanSet):
+    """A table of pairs beside a folder of images.
+
+    Args:
+        title: see `HumanSet`.
+        folder: of the set; downloaded there if the table is absent.
+        table: its file in the folder: `.json`, `.jsonl` or `.parquet`.
+        columns: of the table.
+        protocols: see `HumanSet`.
+        images: the folder, in `folder`, that the images' names start from.
+        hub: where the set can be downloaded.
+        limit: only the first so many pairs.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        folder: str,
+        table: str,
+        columns: PairColumns,
+        protocols: Sequence[Protocol],
+        images: str = ".",
+        hub: Hub | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.title, self.protocols = title, list(protocols)
+        self._folder, self._table, self._columns, self._hub, self._limit = Path(folder), table, columns, hub, limit
+        self._pictures = Pictures(self._folder / images)
+
+    def load(self) -> list[Judged]:
+        """See `HumanSet`."""
+        fetch(self._folder, self._table, self._hub)
+        file = self._folder / self._table
+        found = rows(file, self._columns.names())[: self._limit]
+        judged = [_judged(row, self._columns, f"Pair {place} of '{file}'") for place, row in enumerate(found, start=1)]
+        require(self._pictures, {name for each in judged for name in each.images}, self.title)
+        return judged
+
+    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        """See `HumanSet`."""
+        return self._pictures.read(wanted)
+
+    def stamp(self) -> str:
+        """See `HumanSet`."""
+        return stamp(self._folder / self._table)
+
+
+class ParquetPairs(HumanSet):
+    """Parquet files of pairs with the images inside, read row by row.
+
+    Args:
+        title: see `HumanSet`.
+        folder: of the set; downloaded there if the files are absent.
+        files: a pattern of the files in the folder.
+        columns: of the table; `images` are those of the images' ids.
+        contents: the columns of the images themselves.
+        protocols: see `HumanSet`.
+        tuning_files: a pattern of files whose pairs are only for a protocol to choose a setting on.
+        hub: where the set can be downloaded.
+        limit: only the first so many pairs, of each of the two.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        folder: str,
+        files: str,
+        columns: PairColumns,
+        contents: Sequence[str],
+        protocols: Sequence[Protocol],
+        tuning_files: str | None = None,
+        hub: Hub | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.title, self.protocols = title, list(protocols)
+        self._folder, self._columns, self._hub, self._limit = Path(folder), columns, hub, limit
+        self._contents = contents
+        self._patterns = {False: files} | ({} if tuning_files is None else {True: tuning_files})
+
+    def load(self) -> list[Judged]:
+        """See `HumanSet`."""
+        judged = []
+        for tuning, pattern in self._patterns.items():
+            fetch(self._folder, pattern, self._hub)
+            own = []
+            for file in sorted(self._folder.glob(pattern)):
+                present = set(parquet.read_schema(file).names)
+                if absent := set(self._contents) - present:
+                    raise ValueError(f"'{file}' has no column {', '.join(sorted(absent))}: name it in `contents`.")
+                names = self._columns.names() | ({self._columns.votes or ""} & present)
+                for place, row in enumerate(rows(file, names), start=1):
+                    own.append(_judged(row, self._columns, f"Row {place} of '{file}'")._replace(tuning=tuning))
+            judged += own[: self._limit]
+        return judged
+
+    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        """See `HumanSet`; the files' order."""
+        left = set(wanted)
+        columns = [*self._columns.images, *self._contents]
+        for file in self._files():
+            for batch in parquet.ParquetFile(file).iter_batches(_AT_ONCE, columns=columns):
+                for row in batch.to_pylist():
+                    for name, content in zip(self._columns.images, self._contents, strict=True):
+                        if row[name] in left:
+                            left.remove(row[name])
+                            yield row[name], _bytes(row[content])
+                if not left:
+                    return
+
+    def stamp(self) -> str:
+        """See `HumanSet`."""
+        return stamp(*self._files())
+
+    def _files(self) -> list[Path]:
+        return [file for pattern in self._patterns.values() for file in sorted(self._folder.glob(pattern))]
+
+
+def _bytes(content: Any) -> bytes:
+    """An image's file, whether the column is binary or of `datasets`' image type; empty where there is none."""
+    return (content.get("bytes") if isinstance(content, Mapping) else content) or b""
+
+
+def _judged(row: Row, columns: PairColumns, place: str) -> Judged:
+    """One pair.
+
+    Raises:
+        ValueError: its label or votes say nothing.
+    """
+    label = 1.0 if columns.label is None else row[columns.label]
+    if label not in (0.0, 0.5, 1.0):
+        raise ValueError(f"{place} has {columns.label}={label!r}, which must be 1, 0.5 or 0.")
+    votes = (None if columns.votes is None else row.get(columns.votes)) or (label, 1 - label)
+    if len(votes) != 2 or not sum(votes) > 0:
+        raise ValueError(f"{place} has {columns.votes}={votes!r}, which must be the numbers of votes for each image.")
+    first, second = (str(row[name]) for name in columns.images)
+    generators = () if columns.generators is None else tuple(str(row[name]) for name in columns.generators)
+    share = float(votes[0]) / float(sum(votes))
+    return pair(str(row[columns.prompt]), (first, second), share, label=float(label), generators=generators)

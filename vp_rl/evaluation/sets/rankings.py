@@ -1,0 +1,130 @@
+"""Prompts whose images people ranked, with the images in files: ImageRewardDB, HPD v2, and what is stored like them."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vp_rl.evaluation.protocols import Protocol
+from vp_rl.evaluation.sets.base import HumanSet, Judged, shares_of
+from vp_rl.evaluation.sets.files import Hub, Pictures, Row, fetch, require, rows, stamp
+
+
+class RankingColumns(NamedTuple):
+    """What the columns of a table of rankings are."""
+
+    prompt: str = "prompt"
+    images: str = "images"
+    """Names of the images' files: a list, or one if `group` says which rows belong together."""
+    ranks: str = "ranking"
+    """As the images; lower is better, equal is a tie."""
+    group: str | None = None
+    """What the rows of one prompt have in common; None: each row has all images of its prompt."""
+    people: str | None = None
+    """A list of the single people's rankings, each as the images, or in an object under `rank`."""
+    generators: str | None = None
+    aspects: Mapping[str, str] = {}  # noqa: RUF012  # never changed
+    """Columns of ratings in single aspects, higher is better, by the aspect's name."""
+
+    def names(self) -> set[str]:
+        """All of them."""
+        single = (self.prompt, self.images, self.ranks, self.group, self.people, self.generators)
+        return {name for name in single if name is not None} | set(self.aspects.values())
+
+
+class Rankings(HumanSet):
+    """A table of rankings beside a folder of images.
+
+    Args:
+        title: see `HumanSet`.
+        folder: of the set; downloaded there if the table is absent.
+        table: its file in the folder: `.json`, `.jsonl` or `.parquet`.
+        columns: of the table.
+        protocols: see `HumanSet`.
+        images: the folder, in `folder`, that the images' names start from.
+        hub: where the set can be downloaded.
+        limit: only the first so many prompts.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        folder: str,
+        table: str,
+        columns: RankingColumns,
+        protocols: Sequence[Protocol],
+        images: str = ".",
+        hub: Hub | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.title, self.protocols = title, list(protocols)
+        self._folder, self._table, self._columns, self._hub, self._limit = Path(folder), table, columns, hub, limit
+        self._pictures = Pictures(self._folder / images)
+
+    def load(self) -> list[Judged]:
+        """See `HumanSet`."""
+        judged = self.judgements()
+        require(self._pictures, {name for each in judged for name in each.images}, self.title)
+        return judged
+
+    def judgements(self) -> list[Judged]:
+        """What `load` gives, whether the images are there or not."""
+        fetch(self._folder, self._table, self._hub)
+        file = self._folder / self._table
+        found = rows(file, self._columns.names())
+        if self._columns.group is not None:
+            found = _grouped(found, self._columns)
+        judged = []
+        for place, row in enumerate(found[: self._limit], start=1):
+            try:
+                judged.append(_judged(row, self._columns))
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"Prompt {place} of '{file}' has no ranking of its images: {error}") from error
+        return judged
+
+    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        """See `HumanSet`."""
+        return self._pictures.read(wanted)
+
+    def stamp(self) -> str:
+        """See `HumanSet`."""
+        return stamp(self._folder / self._table)
+
+
+def _grouped(found: list[Row], columns: RankingColumns) -> list[Row]:
+    """One row of lists for each prompt, in the order in which they first come."""
+    assert columns.group is not None
+    groups: dict[Any, Row] = {}
+    lists = {columns.images, columns.ranks, columns.generators, *columns.aspects.values()} - {None}
+    for row in found:
+        group = groups.setdefault(row[columns.group], {**row, **{name: [] for name in lists}})
+        for name in lists:
+            group[name].append(row[name])
+    return list(groups.values())
+
+
+def _judged(row: Row, columns: RankingColumns) -> Judged:
+    """One prompt's images.
+
+    Raises:
+        ValueError: the lists are of different lengths, or not of numbers.
+    """
+    images = tuple(str(name) for name in row[columns.images])
+    if len(set(images)) != len(images):
+        raise ValueError(f"an image is there twice: {images}")
+    ranks = _numbers(row[columns.ranks], images)
+    people = [] if columns.people is None else row[columns.people]
+    opinions = [_numbers(one["rank"] if isinstance(one, Mapping) else one, images) for one in people or []]
+    generators = () if columns.generators is None else tuple(map(str, row[columns.generators]))
+    aspects = {name: -_numbers(row[column], images) for name, column in columns.aspects.items()}
+    return Judged(
+        str(row[columns.prompt]), images, ranks, shares_of(np.stack(opinions or [ranks])), generators, aspects
+    )
+
+
+def _numbers(values: Any, images: Sequence[str]) -> np.ndarray:
+    numbers = np.asarray(values, dtype=float)
+    if numbers.shape != (len(images),) or not np.isfinite(numbers).all():
+        raise ValueError(f"{values!r:.200} are not {len(images)} numbers, one for each image")
+    return numbers
