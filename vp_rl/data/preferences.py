@@ -147,6 +147,8 @@ class Collate:
             first += len(each.images)
         better, worse, aspects = torch.tensor(found, dtype=torch.int64).reshape(-1, 3).unbind(1)
         columns = [torch.tensor([rating for each in rated for rating in each.ratings[aspect]]) for aspect in ASPECTS]
+        ratings = torch.stack(columns, 1)
+        means = torch.cat([ratings.float(), ratings.float().mean(1, keepdim=True)], 1)  # at -1, as in `aspects`
         pixels = decode([png for each in rated for png in each.images])
         images = rearrange(torch.from_numpy(pixels), "b h w c -> b c h w").float() / 255
         # From what the batch is made of, which is new in every epoch and the same in a resumed run.
@@ -154,10 +156,11 @@ class Collate:
         return PreferenceBatch(
             prompts=[each.prompt for each in rated for _ in each.images],
             images=shifted(images, self._shift, seed),
-            ratings=torch.stack(columns, 1),
+            ratings=ratings,
             better=better,
             worse=worse,
             aspects=aspects,
+            margins=means[better, aspects] - means[worse, aspects],
         )
 
 

@@ -6,6 +6,7 @@ cross-attends to it in every layer, and five linear layers on the text's first t
 
 import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from vp_rl.interfaces import TrainableReward
 from vp_rl.rewards.head import Head
 from vp_rl.rewards.preprocess import preprocess
 from vp_rl.scenes import tiny
-from vp_rl.types import Images, Scores
+from vp_rl.types import ASPECTS, Images, Scores
 
 _FILES = ("config.json", "tokenizer.json", "model.safetensors")
 _WANTED = f"a folder with {', '.join(_FILES)}, as VPScore.save writes it (or tiny-vp-score, or tiny-blip)"
@@ -35,6 +36,7 @@ class VPScore(TrainableReward):
         tokenizer: BERT's, with a vocabulary of at most `text.vocab_size`.
         head_widths: of the layers between [CLS] and the score; the published ones are 1024, 128, 64, 16.
         max_length: tokens that a prompt is padded or cut to; 35 in the published model.
+        by_aspect: four outputs, one for each aspect, instead of one.
 
     Raises:
         ValueError: these do not fit each other.
@@ -49,6 +51,7 @@ class VPScore(TrainableReward):
         tokenizer: BertTokenizer,
         head_widths: tuple[int, ...] = (1024, 128, 64, 16),
         max_length: int = 35,
+        by_aspect: bool = False,
     ) -> None:
         super().__init__()
         _check(vision, text, tokenizer, max_length)
@@ -56,14 +59,22 @@ class VPScore(TrainableReward):
         text.is_decoder = True  # creates the cross-attention; attention stays bidirectional as the call does not set it
         self.vision = BlipVisionModel(vision)
         self.text = BlipTextModel(text, add_pooling_layer=False)
-        self.head = Head(text.hidden_size, head_widths)
+        self.head = Head(text.hidden_size, head_widths, len(ASPECTS) if by_aspect else 1)
         self.tokenizer, self.max_length, self.head_widths = tokenizer, max_length, tuple(head_widths)
 
     @classmethod
-    def load(cls, checkpoint: str) -> "VPScore":
+    def load(
+        cls, checkpoint: str, by_aspect: bool | None = None, weights: Mapping[str, float] | None = None
+    ) -> "VPScore":
         """Reads a folder that `save` wrote, or the embedded `tiny-vp-score` or `tiny-blip`: frozen, float32.
 
         A folder with the towers alone (a pretrained BLIP) gets a new head. `freeze(0.0)` makes it trainable.
+
+        Args:
+            checkpoint: the folder.
+            by_aspect: whether a new head has an output for each aspect. None: as in the checkpoint, or else not.
+            weights: of the aspects in the score, where the head has an output for each; one that is not named counts
+                nothing. None: those that training found.
 
         Raises:
             FileNotFoundError: there is no such folder, or a file is missing in it.
@@ -85,10 +96,18 @@ class VPScore(TrainableReward):
                 BertTokenizer.from_pretrained(folder),
                 tuple(config["head_widths"]),
                 config["max_length"],
+                config.get("by_aspect", bool(by_aspect)),
             )
         except (ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
             raise ValueError(f"reward.checkpoint={checkpoint!r} is damaged: {error!r}. Give {_WANTED}.") from error
         reward._load_strictly(state, checkpoint)
+        if by_aspect is not None and by_aspect != (len(reward.head.mean) > 1):
+            raise ValueError(
+                f"reward.by_aspect={by_aspect}, but the head in reward.checkpoint={checkpoint!r} was trained "
+                f"{'with one output' if by_aspect else 'by aspect'}: start from towers without a head."
+            )
+        if weights is not None:
+            reward.weigh(_in_order(weights, len(reward.head.mean)))
         return reward.requires_grad_(False).eval()
 
     def _load_strictly(self, state: dict[str, Tensor], checkpoint: str) -> None:
@@ -114,6 +133,7 @@ class VPScore(TrainableReward):
             "text": _settings(self.text.config),
             "head_widths": self.head_widths,
             "max_length": self.max_length,
+            **({"by_aspect": len(self.head.mean) > 1} if head else {}),
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.tokenizer.save_pretrained(folder)
@@ -145,24 +165,29 @@ class VPScore(TrainableReward):
         """Turns dropout on, unless nothing in here is trained: then scores must not be random."""
         return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
-    def standardise(self, scores: Scores) -> None:
-        """Updates the stored constants; scores that were standardised before may be given.
+    def standardise(self, outputs: Float[Tensor, "batch outputs"]) -> None:
+        """Updates the stored constants; outputs that were standardised before may be given.
 
         Raises:
-            ValueError: the scores are all equal, or not finite.
+            ValueError: they are all equal, or not finite.
         """
-        mean, std = scores.mean(), scores.std()
-        if not std > 0 or not torch.isfinite(std):
-            raise ValueError(
-                f"{len(scores)} scores with mean {mean:.4g} and standard deviation {std:.4g} cannot be standardised: "
-                "the training has diverged or collapsed. Lower algorithm.optimizer.lr."
-            )
-        self.head.mean += mean * self.head.std
-        self.head.std *= std
+        self.head.standardise(outputs)
+
+    def weigh(self, weights: Float[Tensor, " outputs"]) -> None:
+        """Sets how much each output counts in the score; only their ratios matter."""
+        self.head.weights.copy_(weights)
 
     def forward(self, images: Images, prompts: list[str]) -> Scores:
         """Standardised scores in float32; gradients flow to the images."""
+        return self.combine(self.outputs(images, prompts))
+
+    def outputs(self, images: Images, prompts: list[str]) -> Float[Tensor, "batch outputs"]:
+        """The head's: one, or one for each aspect."""
         return self.head(self.features(images, prompts))
+
+    def combine(self, outputs: Float[Tensor, "batch outputs"]) -> Scores:
+        """See `Head.combine`."""
+        return self.head.combine(outputs)
 
     def features(self, images: Images, prompts: list[str]) -> Float[Tensor, "batch features"]:
         """The text tower's [CLS], which has read the prompt and looked at the image."""
@@ -190,6 +215,27 @@ def _check(vision: BlipVisionConfig, text: BlipTextConfig, tokenizer: BertTokeni
         raise ValueError(f"The tokenizer has {len(tokenizer)} words, more than {text.vocab_size=}.")
     if max_length > text.max_position_embeddings:
         raise ValueError(f"{max_length=} is more than {text.max_position_embeddings=}.")
+
+
+def _in_order(weights: Mapping[str, float], outputs: int) -> Float[Tensor, " outputs"]:
+    """Weights of aspects as a tensor.
+
+    Raises:
+        ValueError: there is one output only, an aspect is unknown, or the weights make no score.
+    """
+    if outputs == 1:
+        raise ValueError("reward.weights need a reward with an output for each aspect (reward.by_aspect=true).")
+    given = dict(weights)
+    if (
+        not given.keys() <= set(ASPECTS)
+        or not all(0 <= w < float("inf") for w in given.values())
+        or not any(given.values())
+    ):
+        raise ValueError(
+            f"reward.weights={given} must give aspects out of {', '.join(ASPECTS)} numbers of 0 or more, and one of "
+            "them more than 0."
+        )
+    return torch.tensor([float(given.get(aspect, 0.0)) for aspect in ASPECTS])
 
 
 def _settings(config: Any) -> dict[str, Any]:
