@@ -35,7 +35,8 @@ from torch import Tensor, nn
 from transformers import BatchEncoding, BertTokenizer, BlipTextModel, BlipVisionModel
 
 from vp_rl.functional import ranking_loss
-from vp_rl.rewards.vp_score import VPScore, published
+from vp_rl.rewards.blip_sizes import published
+from vp_rl.rewards.vp_score import VPScore
 from vp_rl.types import Images, Scores
 
 NUMBER = 16

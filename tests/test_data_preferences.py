@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import lightning
+import pyarrow.parquet as parquet
 import pytest
 import torch
 from datasets import load_dataset
@@ -111,6 +112,21 @@ def some_rows() -> dict[Split, list[schema.Row]]:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     write_dataset(some_rows(), tmp_path / "a" / "set", "card")
     assert {split: read_dataset(tmp_path / "a" / "set", split) for split in SPLITS} == some_rows()
+
+
+def test_rows_are_read_in_any_order_a_few_groups_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema, "_GROUP_BYTES", 2000)
+    monkeypatch.setattr(schema, "_SHARD", 8000)
+    write_dataset(some_rows(), tmp_path / "set")
+    assert len(schema.shards(tmp_path / "set", "train")) > 2
+    groups = [parquet.read_metadata(file).num_row_groups for file in schema.shards(tmp_path / "set", "train")]
+    assert max(groups) > 2
+    for split, expected in some_rows().items():
+        rows = schema.Rows(tmp_path / "set", split)
+        assert len(rows) == len(expected)
+        order = random.Random(0).sample(range(len(rows)), len(rows))
+        assert [rows[place] for place in order] == [expected[place] for place in order]
+    assert schema._read_group.cache_info().currsize <= schema._HELD
 
 
 def test_the_datasets_library_loads_the_folder_and_decodes_its_images(tmp_path: Path) -> None:
@@ -365,4 +381,5 @@ def test_row_indices_stay_whole_numbers_when_the_trainer_casts_a_batch(tmp_path:
 def test_what_worker_processes_need_can_be_sent_to_them(tmp_path: Path) -> None:
     loader = module(dataset(tmp_path / "set", random_ratings(3))).train_dataloader()
     prompts, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
-    assert torch.equal(collate(prompts).images, loader.collate_fn(loader.dataset).images)
+    sent, here = ([each[place] for place in range(3)] for each in (prompts, loader.dataset))
+    assert torch.equal(collate(sent).images, loader.collate_fn(here).images)

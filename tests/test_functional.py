@@ -12,6 +12,8 @@ from vp_rl.functional import (
     gaussian_log_prob,
     group_advantages,
     hinge_reward_loss,
+    label_belief,
+    preference_weights,
     ranking_loss,
 )
 
@@ -41,6 +43,38 @@ def test_ranking_loss_is_log_two_for_equal_scores_and_falls_with_the_margin() ->
     assert ranking_loss(zeros, zeros).item() == pytest.approx(math.log(2))
     assert ranking_loss(zeros + 20, zeros).item() == pytest.approx(0, abs=1e-8)
     assert ranking_loss(zeros, zeros + 20).item() == pytest.approx(20)
+
+
+def test_a_label_that_is_half_believed_asks_for_the_gap_that_fits_it() -> None:
+    for belief in (0.6, 0.9):
+        gap = torch.tensor([math.log(belief / (1 - belief))], requires_grad=True)
+        ranking_loss(gap, torch.zeros(1), torch.tensor([belief])).backward()
+        assert gap.grad.item() == pytest.approx(0, abs=1e-6)
+    a, b = torch.randn(5), torch.randn(5)
+    torch.testing.assert_close(ranking_loss(a, b, torch.ones(5)), ranking_loss(a, b))
+    torch.testing.assert_close(ranking_loss(a, b, torch.zeros(5)), ranking_loss(b, a))
+
+
+def test_belief_in_labels_grows_with_the_margin_and_shrinks_with_flips() -> None:
+    margins = torch.tensor([0.5, 1.0, 4.0])
+    assert label_belief(margins, 0.0, 0.0).tolist() == [1.0, 1.0, 1.0]
+    torch.testing.assert_close(label_belief(margins, 0.0, 0.1), torch.full((3,), 0.9))
+    torch.testing.assert_close(label_belief(margins, 2.0, 0.0), torch.sigmoid(margins / 2))
+    torch.testing.assert_close(label_belief(torch.zeros(1), 1.0, 0.2), torch.tensor([0.5]))
+
+
+def test_preference_weights_are_those_that_made_the_preferences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.tensor([0.6, 0.3, 0.1, 0.0])
+    scores = torch.randn(4000, 2, 4, generator=generator)
+    gap = 3 * (scores[:, 0] - scores[:, 1]) @ truth
+    first = torch.rand(4000, generator=generator) < torch.sigmoid(gap)
+    differences = torch.where(first[:, None], scores[:, 0] - scores[:, 1], scores[:, 1] - scores[:, 0])
+    # Each weight is known to about 0.02 from 4,000 noisy pairs; the penalty pulls towards equality by as much.
+    torch.testing.assert_close(preference_weights(differences), truth, rtol=0, atol=0.06)
+    separable = preference_weights(differences.abs() * torch.tensor([1.0, 0.0, 0.0, 0.0]))
+    assert separable.argmax() == 0
+    assert torch.isfinite(separable).all()
 
 
 def test_clipped_surrogate_has_the_policy_gradient_on_policy() -> None:

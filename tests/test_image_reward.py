@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BlipTextConfig, BlipVisionConfig
 
-from vp_rl.rewards.vp_score import VPScore, published
+from vp_rl.rewards.blip_sizes import published
+from vp_rl.rewards.vp_score import VPScore
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of ImageReward's raw scores
 LENGTH = 35

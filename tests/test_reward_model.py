@@ -1,6 +1,6 @@
 """VP-Score learns: its head from the first steps, the whole of it a toy preference through the real Trainer."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,14 @@ from vp_rl.rewards.vp_score import VPScore
 from vp_rl.types import PreferenceBatch
 
 PROMPTS = ["a red circle", "two blue squares"]
+HALF = (  # what `freeze(0.5)` holds of two layers: of each second one the first parameter, as published
+    "vision.embeddings.",
+    "vision.encoder.layers.0.",
+    "vision.encoder.layers.1.layer_norm1.weight",
+    "text.embeddings.",
+    "text.encoder.layer.0.",
+    "text.encoder.layer.1.attention.self.query.weight",
+)
 
 
 def redder_is_better(seed: int, each: int = 4) -> PreferenceBatch:
@@ -36,22 +44,35 @@ def redder_is_better(seed: int, each: int = 4) -> PreferenceBatch:
         if prompts[a] == prompts[b] and ratings[a, 0] > ratings[b, 0]
     ]
     better, worse = torch.tensor(pairs).unbind(1)
-    return PreferenceBatch(prompts, pixels, ratings, better, worse, torch.zeros_like(better))
+    margins = (ratings[better, 0] - ratings[worse, 0]).float()
+    return PreferenceBatch(prompts, pixels, ratings, better, worse, torch.zeros_like(better), margins)
 
 
 def loader(seeds: range) -> DataLoader:
     return DataLoader([redder_is_better(seed) for seed in seeds], batch_size=None)
 
 
+ADAM = partial(torch.optim.Adam, lr=1e-3)
 TRAIN, VALIDATION, TEST = loader(range(12)), loader(range(20, 24)), loader(range(40, 44))
 
 
 def train(
-    folder: Path, epochs: int = 5, reward: VPScore | None = None, ckpt_path: Path | None = None, **settings: object
+    folder: Path,
+    epochs: int = 5,
+    reward: VPScore | None = None,
+    ckpt_path: Path | None = None,
+    data: tuple[DataLoader, DataLoader] = (TRAIN, VALIDATION),
+    recipe: dict | None = None,
+    optimizer: Callable = ADAM,
+    **settings: object,
 ) -> tuple[RewardModel, lightning.Trainer]:
     torch.manual_seed(0)
     algorithm = RewardModel(
-        reward or random_vp_score(), partial(torch.optim.Adam, lr=1e-3), str(folder / "vp_score"), frozen=0.5
+        reward or random_vp_score(),
+        optimizer,
+        str(folder / "vp_score"),
+        frozen=0.5,
+        **recipe or {},
     )
     trainer = lightning.Trainer(
         accelerator="cpu",
@@ -61,7 +82,7 @@ def train(
         enable_model_summary=False,
         **{"max_epochs": epochs, **settings},
     )
-    trainer.fit(algorithm, TRAIN, VALIDATION, ckpt_path=ckpt_path)
+    trainer.fit(algorithm, *data, ckpt_path=ckpt_path)
     return algorithm, trainer
 
 
@@ -102,10 +123,10 @@ def test_the_frozen_share_does_not_move_and_the_rest_does(
 ) -> None:
     before, after = random_vp_score().state_dict(), trained[0].reward.state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
-    own = ("vision.embeddings.", "vision.encoder.layers.0.", "text.embeddings.", "text.encoder.layer.0.")
-    assert not [name for name in moved if name.startswith(own)]
+    assert not [name for name in moved if name.startswith(HALF)]
     # A key's bias shifts all attention scores alike, which softmax does not see.
-    still = {name for name in before.keys() - moved if not name.startswith(own) and not name.endswith("key.bias")}
+    fixed = ("key.bias", "head.weights", "head.correlation")  # the latter two are about several outputs
+    still = {name for name in before.keys() - moved if not name.startswith(HALF) and not name.endswith(fixed)}
     assert not still
 
 
@@ -165,11 +186,129 @@ def test_a_share_outside_zero_and_one_is_refused() -> None:
         random_vp_score().freeze(1.5)
 
 
+def contradictory(seed: int) -> PreferenceBatch:
+    """The second aspect ranks the images against the first; each pair comes twice, once either way."""
+    batch = redder_is_better(seed)
+    ratings = batch.ratings.clone()
+    ratings[:, 1] = 5 - ratings[:, 0]
+    zeros = torch.zeros_like(batch.better)
+    both = torch.cat([batch.better, batch.worse]), torch.cat([batch.worse, batch.better])
+    return batch._replace(
+        ratings=ratings,
+        better=both[0],
+        worse=both[1],
+        aspects=torch.cat([zeros, zeros + 1]),
+        margins=batch.margins.repeat(2),
+    )
+
+
+def test_an_output_for_each_aspect_learns_what_one_cannot(tmp_path: Path) -> None:
+    data = tuple(DataLoader([contradictory(s) for s in seeds], batch_size=None) for seeds in (range(12), range(20, 24)))
+    test = DataLoader([contradictory(s) for s in range(40, 44)], batch_size=None)
+    found = {}
+    for several in (False, True):
+        torch.manual_seed(0)
+        algorithm, trainer = train(tmp_path, reward=random_vp_score(by_aspect=several), data=data)
+        found[several] = trainer.test(algorithm, test, verbose=False)[0]
+    assert found[False]["test/accuracy"] == pytest.approx(0.5)  # right once for each time it is wrong
+    assert found[True]["test/accuracy"] > 0.9
+    assert found[True]["test/accuracy/aesthetic"] > 0.9
+
+
+def test_learnt_weights_follow_the_mean_rating(tmp_path: Path) -> None:
+    # Only the first aspect differs between images, so only it tells the mean; the other outputs stay random.
+    reward = random_vp_score(by_aspect=True)
+    algorithm, _ = train(tmp_path, reward=reward, recipe={"learn_weights": True})
+    weights = VPScore.load(str(tmp_path / "vp_score")).head.weights
+    assert weights.argmax() == 0
+    assert weights.sum().item() == pytest.approx(1, abs=1e-5)
+    assert not torch.equal(random_vp_score(by_aspect=True).head.weights, weights)
+
+
+def test_weak_labels_hold_scores_together(tmp_path: Path) -> None:
+    """The loss is least at a finite gap, so scores are less far apart than with labels that are believed."""
+    gaps = {}
+    for name, recipe in (("plain", {}), ("smooth", {"smoothing": 0.3}), ("margin", {"margin_scale": 2.0})):
+        algorithm, _ = train(tmp_path, epochs=8, recipe=recipe)
+        head = algorithm.reward.head
+        batch = redder_is_better(50)
+        raw = algorithm.reward(batch.images, batch.prompts) * head.std  # before it was standardised
+        gaps[name] = (raw[batch.better] - raw[batch.worse]).mean().item()
+    assert gaps["smooth"] < 0.7 * gaps["plain"]
+    assert gaps["margin"] < 0.7 * gaps["plain"]
+
+
+@pytest.mark.parametrize("recipe", [{"smoothing": 0.5}, {"smoothing": -0.1}, {"margin_scale": -1.0}])
+def test_a_recipe_that_makes_no_sense_is_refused(tmp_path: Path, recipe: dict) -> None:
+    with pytest.raises(ValueError, match=rf"algorithm\.{next(iter(recipe))}="):
+        train(tmp_path, recipe=recipe)
+
+
+def uneven(seed: int) -> PreferenceBatch:
+    """Two prompts; only the first `seed % 4 + 1` pairs are there."""
+    batch = redder_is_better(seed)
+    some = slice(0, seed % 4 + 1)
+    return batch._replace(
+        better=batch.better[some], worse=batch.worse[some], aspects=batch.aspects[some], margins=batch.margins[some]
+    )
+
+
+def joined(first: PreferenceBatch, second: PreferenceBatch) -> PreferenceBatch:
+    rows = len(first.prompts)
+    prompts = first.prompts + [f"{prompt} " for prompt in second.prompts]  # other groups; the tokens are the same
+    tensors = {
+        name: torch.cat([getattr(first, name), getattr(second, name)])
+        for name in ("images", "ratings", "aspects", "margins")
+    }
+    better, worse = (torch.cat([getattr(first, n), rows + getattr(second, n)]) for n in ("better", "worse"))
+    return PreferenceBatch(prompts, better=better, worse=worse, **tensors)
+
+
+class Halves(torch.utils.data.IterableDataset):
+    """Batches 0, 2, ... are one process's, 1, 3, ... the other's."""
+
+    def __iter__(self) -> Iterator[PreferenceBatch]:
+        return (uneven(seed) for seed in range(torch.distributed.get_rank(), 8, 2))
+
+
+@pytest.mark.slow
+def test_two_processes_take_the_step_that_one_takes_with_all_their_pairs(tmp_path: Path) -> None:
+    def reward() -> VPScore:
+        model = random_vp_score()
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # each process draws its own
+        return model
+
+    validation = DataLoader([uneven(20), uneven(21)], batch_size=None)
+    sgd = partial(torch.optim.SGD, lr=0.1)  # Adam would blow up the rounding in gradients that are 0, as of biases
+    two, _ = train(
+        tmp_path / "two",
+        1,
+        reward(),
+        data=(DataLoader(Halves(), batch_size=None), validation),
+        optimizer=sgd,
+        limit_train_batches=4,
+        strategy="ddp_fork",
+        devices=2,
+    )
+    whole = [joined(uneven(seed), uneven(seed + 1)) for seed in range(0, 8, 2)]
+    one, _ = train(tmp_path / "one", 1, reward(), data=(DataLoader(whole, batch_size=None), validation), optimizer=sgd)
+    start = dict(reward().named_parameters())
+    moved = max((load(tmp_path / "one")[n] - start[n]).abs().max().item() for n in start)
+    assert moved > 0.01
+    torch.testing.assert_close(load(tmp_path / "two"), load(tmp_path / "one"), rtol=1e-3, atol=1e-5)
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    return {n: t for n, t in VPScore.load(str(folder / "vp_score")).named_parameters()}
+
+
 def test_pairs_by_aspect_are_of_one_prompt_without_ties() -> None:
     ratings = torch.tensor([[1, 5, 3, 3], [2, 5, 3, 3], [3, 1, 3, 3], [5, 5, 5, 5]])
     none = torch.zeros(0, dtype=torch.int64)
-    batch = PreferenceBatch(["a", "a", "a", "b"], images(4), ratings, none, none, none)
-    right = by_aspect(torch.tensor([0.0, 1.0, 1.0, 9.0]), batch)
+    batch = PreferenceBatch(["a", "a", "a", "b"], images(4), ratings, none, none, none, none.float())
+    right = by_aspect(torch.tensor([0.0, 1.0, 1.0, 9.0])[:, None].expand(4, 5), batch)
     assert {name: sorted(pairs.tolist()) for name, pairs in right.items()} == {
         "mean": [False, False, True],  # sums 12, 13, 10: 1 beats 0 (right), 0 and 1 beat 2 (wrong, and equal)
         "prompt_following": [False, True, True],  # 2 > 1 has equal scores
@@ -184,15 +323,14 @@ def test_freezing_holds_the_first_layers_of_each_tower() -> None:
     reward.freeze(0.5)
     trained = {name for name, parameter in reward.named_parameters() if parameter.requires_grad}
     frozen = {name for name, _ in reward.named_parameters()} - trained
-    own = ("vision.embeddings.", "vision.encoder.layers.0.", "text.embeddings.", "text.encoder.layer.0.")
-    assert frozen == {name for name, _ in reward.named_parameters() if name.startswith(own)}
+    assert frozen == {name for name, _ in reward.named_parameters() if name.startswith(HALF)}
 
 
 def test_standardised_scores_have_mean_zero_and_deviation_one(reward: VPScore) -> None:
     batch, prompts = images(32), PROMPTS * 16
     for _ in range(2):  # the second time from scores that are standardised already
-        reward.standardise(reward(batch, prompts) * 3 + 5)
-        reward.standardise(reward(batch, prompts))
+        reward.standardise(reward.outputs(batch, prompts) * 3 + 5)
+        reward.standardise(reward.outputs(batch, prompts))
         scores = reward(batch, prompts)
         assert scores.mean().item() == pytest.approx(0, abs=1e-4)
         assert scores.std().item() == pytest.approx(1, abs=1e-4)
@@ -200,9 +338,9 @@ def test_standardised_scores_have_mean_zero_and_deviation_one(reward: VPScore) -
 
 def test_equal_scores_cannot_be_standardised(reward: VPScore) -> None:
     with pytest.raises(ValueError, match="collapsed"):
-        reward.standardise(torch.ones(5))
+        reward.standardise(torch.ones(5, 1))
     with pytest.raises(ValueError, match="diverged"):
-        reward.standardise(torch.tensor([1.0, float("nan")]))
+        reward.standardise(torch.tensor([[1.0], [float("nan")]]))
 
 
 def steps_to_learn(prepare: Callable[[Head], None]) -> int:
@@ -215,7 +353,7 @@ def steps_to_learn(prepare: Callable[[Head], None]) -> int:
     optimizer = torch.optim.Adam(head.parameters(), 1e-4)
     for step in range(60):
         features = torch.randn(128, 768)
-        first, second = head(features).chunk(2)
+        first, second = head(features).squeeze(1).chunk(2)
         right = ((features[:64] - features[64:]) @ truth) > 0
         loss = ranking_loss(torch.where(right, first, second), torch.where(right, second, first))
         if loss < 0.6:

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
+from vp_rl.rewards.blip_sizes import published
 from vp_rl.rewards.preprocess import preprocess
-from vp_rl.rewards.vp_score import VPScore, published
+from vp_rl.rewards.vp_score import VPScore
+from vp_rl.types import ASPECTS
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).reshape(3, 1, 1)  # OpenAI's CLIP, and ImageReward
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).reshape(3, 1, 1)
@@ -27,6 +29,7 @@ def random_vp_score(
     encoder_hidden_size: int = 24,
     dropout: float = 0.0,
     gradient_checkpointing: bool = False,
+    by_aspect: bool = False,
 ) -> VPScore:
     """Two layers of width 24 and 32 on 32 px, weights large enough that scores differ."""
     torch.manual_seed(0)
@@ -63,6 +66,7 @@ def random_vp_score(
         BertTokenizer(vocab={word: index for index, word in enumerate(words)}),
         head_widths=(32, 16),
         max_length=max_length,
+        by_aspect=by_aspect,
         gradient_checkpointing=gradient_checkpointing,
     )
 
@@ -316,7 +320,7 @@ def test_saving_and_loading_gives_the_same_scores(reward: VPScore, saved: Path) 
 
 
 def test_half_precision_on_disk_is_float32_in_memory_and_spares_the_head(reward: VPScore, tmp_path: Path) -> None:
-    reward.standardise(torch.tensor([1.00001, 3.0]))
+    reward.standardise(torch.tensor([[1.00001], [3.0]]))
     reward.save(tmp_path, torch.float16)
     loaded = VPScore.load(str(tmp_path))
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
@@ -352,6 +356,45 @@ def test_the_head_stays_in_float32_whatever_the_towers_are_cast_to(reward: VPSco
     assert all(torch.equal(tensor, exact[name]) for name, tensor in halved.head.state_dict().items())
     with torch.autocast("cpu", torch.bfloat16):
         assert halved(images(2), PROMPTS[:2]).dtype == torch.float32
+
+
+def test_one_score_is_made_of_the_aspects_by_their_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    reward = random_vp_score(by_aspect=True).requires_grad_(False).eval()
+    batch, prompts = images(16), PROMPTS * 4
+    reward.standardise(reward.outputs(batch, prompts))
+    outputs = reward.outputs(batch, prompts)
+    torch.testing.assert_close(outputs.mean(0), torch.zeros(4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(outputs.std(0), torch.ones(4), rtol=0, atol=1e-4)
+    reward.save(tmp_path)
+    for weights in (None, {"aesthetic": 2.0}, {"prompt_following": 3.0, "harmlessness": 1.0}):
+        loaded = VPScore.load(str(tmp_path), weights=weights)
+        scores = loaded(batch, prompts)
+        # Standardised too, on the images that the outputs were standardised on, whatever the weights.
+        assert scores.mean().item() == pytest.approx(0, abs=1e-4)
+        assert scores.std().item() == pytest.approx(1, abs=1e-4)
+        given = torch.tensor([(weights or dict.fromkeys(ASPECTS, 1.0)).get(aspect, 0.0) for aspect in ASPECTS])
+        expected = outputs @ given
+        torch.testing.assert_close(scores, expected / expected.std(), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", [{"beauty": 1.0}, {"aesthetic": -1.0}, {"aesthetic": 0.0}, {}])
+def test_weights_that_make_no_score_are_refused(tmp_path: Path, weights: dict) -> None:
+    random_vp_score(by_aspect=True).save(tmp_path)
+    with pytest.raises(ValueError, match=r"reward\.weights"):
+        VPScore.load(str(tmp_path), weights=weights)
+
+
+def test_a_head_is_by_aspect_or_not_as_it_was_trained(saved: Path, tmp_path: Path, reward: VPScore) -> None:
+    with pytest.raises(ValueError, match=r"by_aspect=True.*one output"):
+        VPScore.load(str(saved), by_aspect=True)
+    with pytest.raises(ValueError, match="output for each aspect"):
+        VPScore.load(str(saved), weights={"aesthetic": 1.0})
+    reward.save(tmp_path, head=False)  # towers alone: the head is new
+    assert len(VPScore.load(str(tmp_path), by_aspect=True).head.mean) == 4
+    assert len(VPScore.load(str(tmp_path)).head.mean) == 1
+    VPScore.load(str(tmp_path), by_aspect=True).save(tmp_path / "trained")
+    assert len(VPScore.load(str(tmp_path / "trained")).head.mean) == 4
 
 
 def remove(name: str) -> Callable[[Path], None]:

@@ -32,9 +32,54 @@ def gaussian_kl(
     return ((mean.float() - other.float()).square() / (2 * rows(std.float(), mean).square())).flatten(1).mean(1)
 
 
-def ranking_loss(better: Float[Tensor, " pairs"], worse: Float[Tensor, " pairs"]) -> Float[Tensor, ""]:
-    """-log sigmoid(r_better - r_worse), averaged over pairs (ImageReward, equation 1)."""
-    return F.softplus(worse.float() - better.float()).mean()
+def ranking_loss(
+    better: Float[Tensor, " pairs"], worse: Float[Tensor, " pairs"], belief: Float[Tensor, " pairs"] | None = None
+) -> Float[Tensor, ""]:
+    """-p log sigmoid(d) - (1 - p) log sigmoid(-d) of each pair's d = r_better - r_worse, averaged over pairs.
+
+    With a belief p = 1 that the better one is better, the default, it is ImageReward's equation 1. At p < 1 it is least
+    where sigmoid(d) = p: no score is driven apart without end by a label that may be wrong.
+    """
+    loss = F.softplus(worse.float() - better.float())
+    if belief is not None:
+        # softplus(d) = softplus(-d) + d
+        loss = loss + (1 - belief) * (better.float() - worse.float())
+    return loss.mean()
+
+
+def label_belief(margins: Float[Tensor, " pairs"], scale: float, smoothing: float) -> Float[Tensor, " pairs"]:
+    """How far preference labels are to be believed: (1 - e) s + e (1 - s), with s = sigmoid(margin / scale).
+
+    Args:
+        margins: how much higher the better image is rated, in the ratings' units.
+        scale: the margin at which a label is believed to 73%; 0: s = 1, all are believed alike.
+        smoothing: e in [0, 0.5), the share of labels that are thought to be flipped.
+    """
+    sure = torch.sigmoid(margins / scale) if scale else torch.ones_like(margins)
+    return (1 - smoothing) * sure + smoothing * (1 - sure)
+
+
+def preference_weights(differences: Float[Tensor, "pairs scores"]) -> Float[Tensor, " scores"]:
+    """Weights, 0 or more with a sum of 1, of several scores in one that ranks pairs: logistic regression.
+
+    Args:
+        differences: better minus worse, of each score.
+    """
+    logits = torch.zeros(differences.shape[1], requires_grad=True)
+    sharpness = torch.zeros((), requires_grad=True)  # how sure the sum is; the weights are for its direction alone
+    optimizer = torch.optim.LBFGS([logits, sharpness], max_iter=200, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        margin = sharpness.exp() * (differences @ logits.softmax(0))
+        # The penalty keeps pairs that are all ranked right from asking for infinite numbers.
+        value = F.softplus(-margin).mean() + 1e-3 * (logits.square().sum() + sharpness.square())
+        value.backward()
+        return value
+
+    with torch.enable_grad():
+        optimizer.step(loss)
+    return logits.detach().softmax(0)
 
 
 def clipped_surrogate(

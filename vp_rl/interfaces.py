@@ -45,15 +45,27 @@ class Reward(nn.Module, ABC):
 
 
 class TrainableReward(Reward):
-    """A reward that preferences can be fitted to."""
+    """A reward that preferences can be fitted to. It has one output, or one for each aspect, which make its score."""
+
+    @abstractmethod
+    def outputs(self, images: Images, prompts: list[str]) -> Float[Tensor, "batch outputs"]:
+        """Standardised, in float32; where there are several, in the order of `ASPECTS`."""
+
+    @abstractmethod
+    def combine(self, outputs: Float[Tensor, "batch outputs"]) -> Scores:
+        """The score that they make together: what `forward` gives."""
+
+    @abstractmethod
+    def weigh(self, weights: Float[Tensor, " outputs"]) -> None:
+        """Sets how much each output counts in the score; only their ratios matter."""
 
     @abstractmethod
     def freeze(self, fraction: float) -> None:
         """Makes everything trainable but the first `fraction` of each tower's layers."""
 
     @abstractmethod
-    def standardise(self, scores: Scores) -> None:
-        """Shifts and scales all scores to come so that these would have mean 0 and standard deviation 1."""
+    def standardise(self, outputs: Float[Tensor, "batch outputs"]) -> None:
+        """Shifts and scales all outputs to come so that these would have mean 0 and standard deviation 1."""
 
     @abstractmethod
     def save(self, folder: Path) -> None:

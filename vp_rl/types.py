@@ -133,6 +133,8 @@ class PreferenceBatch(NamedTuple):
     worse: Int[Tensor, " pairs"]
     aspects: Int[Tensor, " pairs"]
     """Index into `ASPECTS`, or -1 where the pair is by the mean over aspects."""
+    margins: Float[Tensor, " pairs"]
+    """How much higher the preferred image is rated; more than 0."""
 
 
 def take(conditioning: Conditioning, rows: Int[Tensor, " rows"]) -> Conditioning:

@@ -8,6 +8,7 @@ What differs from ImageReward's published recipe:
 3. The weights of the best validation accuracy are kept, and the score is standardised on the validation images.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,26 +16,37 @@ from typing import Any
 
 import lightning
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vp_rl.algorithms.base import decaying
-from vp_rl.functional import ranking_loss
+from vp_rl.functional import label_belief, preference_weights, ranking_loss
 from vp_rl.interfaces import TrainableReward
-from vp_rl.types import ASPECTS, PreferenceBatch, Scores
+from vp_rl.types import ASPECTS, PreferenceBatch
 
 
 class RewardModel(lightning.LightningModule):
     """Fits a reward to preferences and saves it where rewards are loaded from.
+
+    A reward with an output for each aspect learns each from that aspect's pairs; pairs by the mean over aspects train
+    the score that the outputs make together.
 
     Args:
         reward: what is trained.
         optimizer: given the trained parameters, makes the optimizer; its learning rate falls to 0 by a cosine.
         save_to: folder that the trained reward is written to.
         frozen: share of each tower's first layers that stays as it was pretrained; ImageReward froze 0.7.
+        smoothing: share of labels that are thought to be flipped, in [0, 0.5).
+        margin_scale: difference of ratings at which a label is believed to 73%, more to the larger ones; 0: all labels
+            are believed alike, however close the ratings are.
+        learn_weights: the outputs' weights in the score are fitted to the validation images' mean ratings, rather than
+            equal; for a reward with an output for each aspect.
         seed: of dropout.
+
+    Raises:
+        ValueError: a setting is outside its range.
     """
 
     def __init__(
@@ -43,12 +55,20 @@ class RewardModel(lightning.LightningModule):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         save_to: str,
         frozen: float = 0.0,
+        smoothing: float = 0.0,
+        margin_scale: float = 0.0,
+        learn_weights: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
+        if not 0 <= smoothing < 0.5:
+            raise ValueError(f"algorithm.smoothing={smoothing} must be in [0, 0.5): a label is more often right.")
+        if not 0 <= margin_scale < math.inf:
+            raise ValueError(f"algorithm.margin_scale={margin_scale} must be 0 or more, in units of the ratings.")
         self.reward = reward
         self.reward.freeze(frozen)
         self._make_optimizer, self._save_to, self._seed = optimizer, Path(save_to), seed
+        self._smoothing, self._margin_scale, self._learn_weights = smoothing, margin_scale, learn_weights
         self._best_accuracy, self._best = -1.0, dict[str, Tensor]()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -66,30 +86,46 @@ class RewardModel(lightning.LightningModule):
         torch.manual_seed(zlib.crc32(repr(position).encode()))
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """The ranking loss over the batch's pairs."""
-        loss, _ = self._step("train", batch)
-        return loss
+        """The ranking loss over the pairs of all devices' batches."""
+        columns = self._columns(batch)
+        belief = label_belief(batch.margins, self._margin_scale, self._smoothing)
+        loss = self._loss("train", batch, columns, belief)
+        # Gradients are averaged over devices; pairs are to count alike, wherever they are.
+        pairs = torch.tensor(float(len(batch.better)), device=self.device)
+        return loss * (len(batch.better) / self.trainer.strategy.reduce(pairs, reduce_op="mean"))
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Logs the loss and the pairwise accuracy."""
-        self._step("val", batch)
+        self._loss("val", batch, self._columns(batch))
 
     def test_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Logs the same, and the accuracy by each aspect and by their mean; gives the scores to callbacks."""
-        _, scores = self._step("test", batch)
-        for name, right in by_aspect(scores, batch).items():
+        """Logs the same, and the accuracy by each aspect and by their mean; gives the columns to callbacks."""
+        columns = self._columns(batch)
+        self._loss("test", batch, columns)
+        for name, right in by_aspect(columns, batch).items():
             if len(right):
                 value = right.float().mean()
                 self.log(f"test/accuracy/{name}", value, on_epoch=True, batch_size=len(right), sync_dist=True)
-        return scores
+        return columns
 
-    def _step(self, stage: str, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        scores = self.reward(batch.images, batch.prompts)
-        better, worse = scores[batch.better], scores[batch.worse]
-        loss = ranking_loss(better, worse)
+    def _columns(self, batch: PreferenceBatch) -> Float[Tensor, "batch aspects_and_score"]:
+        """What ranks the images in each aspect, and last, where index -1 finds it, the score."""
+        outputs = self.reward.outputs(batch.images, batch.prompts)
+        score = self.reward.combine(outputs)
+        return torch.cat([outputs.expand(-1, len(ASPECTS)), score[:, None]], 1)
+
+    def _loss(
+        self,
+        stage: str,
+        batch: PreferenceBatch,
+        columns: Float[Tensor, "batch aspects_and_score"],
+        belief: Float[Tensor, " pairs"] | None = None,
+    ) -> Tensor:
+        better, worse = columns[batch.better, batch.aspects], columns[batch.worse, batch.aspects]
+        loss = ranking_loss(better, worse, belief)
         values = {f"{stage}/loss": loss, f"{stage}/accuracy": (better > worse).float().mean()}
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(better), sync_dist=True, prog_bar=True)
-        return loss, scores
+        return loss
 
     def on_validation_epoch_end(self) -> None:
         """Keeps the weights if they are the best so far."""
@@ -111,31 +147,47 @@ class RewardModel(lightning.LightningModule):
         if self._best:
             self.reward.load_state_dict(self._best)
         self.reward.requires_grad_(False).eval()
-        self.reward.standardise(self._validation_scores())
+        outputs, better, worse = self._validation_outputs()
+        self.reward.standardise(outputs)
+        if self._learn_weights:
+            outputs = (outputs - outputs.mean(0)) / outputs.std(0)
+            self.reward.weigh(preference_weights((outputs[better] - outputs[worse]).cpu()))
         if self.trainer.is_global_zero:
             self.reward.save(self._save_to)
 
     @torch.no_grad()
-    def _validation_scores(self) -> Scores:
+    def _validation_outputs(self) -> tuple[Float[Tensor, "images outputs"], list[int], list[int]]:
+        """The outputs for the validation images, and the rows of the pairs among them by mean rating."""
         loader = self.trainer.val_dataloaders
         if not loader:
             raise ValueError(
                 "The score is standardised on the validation images, but this run has none: "
                 "give the data a validation split and leave trainer.limit_val_batches above 0."
             )
-        scores = torch.cat([self.reward(batch.images.to(self.device), batch.prompts) for batch in loader])
+        outputs, better, worse, first = [], [], [], 0
+        for batch in loader:
+            outputs.append(self.reward.outputs(batch.images.to(self.device), batch.prompts))
+            pairs = decided(batch)["mean"].nonzero() + first
+            better, worse, first = better + pairs[:, 0].tolist(), worse + pairs[:, 1].tolist(), first + len(outputs[-1])
         # Each process has its own share of the images; all must standardise alike.
-        return self.trainer.strategy.broadcast(scores)
+        return self.trainer.strategy.broadcast((torch.cat(outputs), better, worse))
 
 
-def by_aspect(scores: Scores, batch: PreferenceBatch) -> dict[str, Bool[Tensor, " compared"]]:
-    """Whether the scores order each pair as the ratings do: by each aspect, and by the mean over aspects.
+def decided(batch: PreferenceBatch) -> dict[str, Bool[Tensor, "better worse"]]:
+    """By each aspect, and by the mean over aspects: which images are rated higher than which others of their prompt."""
+    first = {prompt: row for row, prompt in enumerate(batch.prompts)}
+    prompts = torch.tensor([first[prompt] for prompt in batch.prompts], device=batch.ratings.device)
+    together = prompts[:, None] == prompts
+    ratings = {**dict(zip(ASPECTS, batch.ratings.unbind(1), strict=True)), "mean": batch.ratings.sum(1)}
+    return {name: together & (rating[:, None] > rating) for name, rating in ratings.items()}
+
+
+def by_aspect(
+    columns: Float[Tensor, "batch aspects_and_score"], batch: PreferenceBatch
+) -> dict[str, Bool[Tensor, " compared"]]:
+    """Whether the columns order each pair as the ratings do: by each aspect, and by the mean over aspects.
 
     Pairs are of the same prompt; those that the ratings tie are left out, and equal scores are wrong.
     """
-    first = {prompt: row for row, prompt in enumerate(batch.prompts)}
-    prompts = torch.tensor([first[prompt] for prompt in batch.prompts], device=scores.device)
-    together = prompts[:, None] == prompts
-    higher = scores[:, None] > scores
-    ratings = {"mean": batch.ratings.sum(1), **dict(zip(ASPECTS, batch.ratings.unbind(1), strict=True))}
-    return {name: higher[together & (rating[:, None] > rating)] for name, rating in ratings.items()}
+    pairs = zip(decided(batch).items(), columns.unbind(1), strict=True)
+    return {name: (column[:, None] > column)[higher] for (name, higher), column in pairs}

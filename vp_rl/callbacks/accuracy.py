@@ -51,7 +51,7 @@ class AccuracyReport(lightning.Callback):
         if not trainer.is_global_zero:
             return
         ratings = torch.cat(self._ratings).numpy()
-        scores = torch.cat(self._scores).numpy()[:, None].repeat(len(ASPECTS), 1)
+        scores = torch.cat(self._scores).numpy()[:, : len(ASPECTS)]
         columns = {
             "VP-Score": pairwise_accuracy(scores, ratings, self._prompts),
             "one noisy judge": pairwise_accuracy(self._second_ratings(), ratings, self._prompts, tie=0.5),

@@ -9,20 +9,24 @@ from typing import NamedTuple
 
 import lightning
 import numpy as np
+import pyarrow.parquet as parquet
 import torch
 from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from vp_rl.types import ASPECTS, Aspect, Images, PreferenceBatch, Split
 from vp_rl.visionprefer import schema
 from vp_rl.visionprefer.build import Builder
-from vp_rl.visionprefer.pairs import RULES, pairs
+from vp_rl.visionprefer.pairs import RULES, all_pairs, pairs
+from vp_rl.visionprefer.ratings import COLUMNS, Batch
 
 log = logging.getLogger(__name__)
+
+_AT_ONCE = 2048  # prompts, without their images
 
 
 class RatedPrompt(NamedTuple):
@@ -31,6 +35,30 @@ class RatedPrompt(NamedTuple):
     prompt: str
     images: list[bytes]
     ratings: dict[Aspect, list[int]]
+
+
+class RatedPrompts(Dataset[RatedPrompt]):
+    """The prompts of a split that have a pair by the rule; images are read when a prompt is asked for.
+
+    Raises:
+        FileNotFoundError, ValueError: see `schema.shards`.
+    """
+
+    def __init__(self, folder: Path, split: Split, rule: str) -> None:
+        self._rows, self._annotator = schema.Rows(folder, split), schema.about(folder)["annotator"]
+        self._wanted: list[int] = []
+        first = 0
+        for file in schema.shards(folder, split):
+            for batch in parquet.ParquetFile(file).iter_batches(_AT_ONCE, columns=list(COLUMNS)):
+                ratings, _ = Batch(batch).ratings(self._annotator)
+                self._wanted += (first + np.unique(all_pairs(ratings, rule).prompt)).tolist()
+                first += len(ratings)
+
+    def __len__(self) -> int:
+        return len(self._wanted)
+
+    def __getitem__(self, index: int) -> RatedPrompt:
+        return _rated(self._rows[self._wanted[index]], self._annotator)
 
 
 class PreferenceDataModule(lightning.LightningDataModule):
@@ -96,33 +124,28 @@ class PreferenceDataModule(lightning.LightningDataModule):
         return self._loader("test", shuffle=False)
 
     def _loader(self, split: Split, shuffle: bool) -> DataLoader:
-        prompts = [
-            rated for rated in rated_prompts(self._folder, split) if len(rated.images) > 1 and self._pairs(rated)
-        ]
-        if not prompts:
+        prompts = RatedPrompts(self._folder, split, self._rule)
+        if not len(prompts):
             raise ValueError(
                 f"No prompt of the {split} split in '{self._folder}' has two images that data.aspects={self._rule!r} "
                 "ranks differently: there is nothing to learn from. Choose another rule, or build a larger set."
             )
         trainer = self.trainer
         sampler = DistributedSampler(
-            prompts,  # type: ignore[arg-type]  # only its length is used
+            prompts,
             num_replicas=trainer.world_size if trainer else 1,
             rank=trainer.global_rank if trainer else 0,
             shuffle=shuffle,
             seed=zlib.crc32(str(self._seed).encode()),  # the epoch is added to it: neighbouring seeds must not overlap
         )
         return DataLoader(
-            prompts,  # type: ignore[arg-type]  # a list serves as a dataset
+            prompts,
             self._batch_size,
             sampler=sampler,
             num_workers=self._num_workers,
             collate_fn=Collate(self._rule, self._shift if shuffle else 0),
             persistent_workers=self._num_workers > 0,
         )
-
-    def _pairs(self, rated: RatedPrompt) -> list[tuple[int, int, int]]:
-        return pairs(rated.ratings, self._rule)
 
 
 class Collate:
@@ -147,6 +170,8 @@ class Collate:
             first += len(each.images)
         better, worse, aspects = torch.tensor(found, dtype=torch.int64).reshape(-1, 3).unbind(1)
         columns = [torch.tensor([rating for each in rated for rating in each.ratings[aspect]]) for aspect in ASPECTS]
+        ratings = torch.stack(columns, 1)
+        means = torch.cat([ratings.float(), ratings.float().mean(1, keepdim=True)], 1)  # at -1, as in `aspects`
         pixels = decode([png for each in rated for png in each.images])
         images = rearrange(torch.from_numpy(pixels), "b h w c -> b c h w").float() / 255
         # From what the batch is made of, which is new in every epoch and the same in a resumed run.
@@ -154,10 +179,11 @@ class Collate:
         return PreferenceBatch(
             prompts=[each.prompt for each in rated for _ in each.images],
             images=shifted(images, self._shift, seed),
-            ratings=torch.stack(columns, 1),
+            ratings=ratings,
             better=better,
             worse=worse,
             aspects=aspects,
+            margins=means[better, aspects] - means[worse, aspects],
         )
 
 
@@ -190,10 +216,11 @@ def decode(encoded: Sequence[bytes]) -> UInt8[np.ndarray, "batch height width 3"
 def rated_prompts(folder: Path, split: Split) -> list[RatedPrompt]:
     """The prompts of a split of a VisionPrefer dataset, in its order."""
     annotator = schema.about(folder)["annotator"]
-    return [
-        RatedPrompt(row["prompt"], [image["image"]["bytes"] for image in row["images"]], ratings_of(row, annotator))
-        for row in schema.read(folder, split)
-    ]
+    return [_rated(row, annotator) for row in schema.read(folder, split)]
+
+
+def _rated(row: schema.Row, annotator: str) -> RatedPrompt:
+    return RatedPrompt(row["prompt"], [image["image"]["bytes"] for image in row["images"]], ratings_of(row, annotator))
 
 
 def ratings_of(row: schema.Row, annotator: str) -> dict[Aspect, list[int]]:

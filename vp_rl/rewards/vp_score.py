@@ -10,9 +10,9 @@ this class on its published weights.
 
 import copy
 import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -25,12 +25,12 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vp_rl.interfaces import TrainableReward
-from vp_rl.rewards import blip_names
+from vp_rl.rewards import blip_names, blip_sizes
 from vp_rl.rewards.blip_attention import fuse
-from vp_rl.rewards.head import Head
+from vp_rl.rewards.head import Head, in_order
 from vp_rl.rewards.preprocess import preprocess
 from vp_rl.scenes import tiny
-from vp_rl.types import Images, Scores
+from vp_rl.types import ASPECTS, Images, Scores
 
 _FILES = ("config.json", "tokenizer.json", "model.safetensors")
 _WANTED = (
@@ -39,34 +39,6 @@ _WANTED = (
 )
 _DTYPES = ("float32", "float16", "bfloat16")
 _POSITIONS = "vision.embeddings.position_embedding"
-_VISION = {  # ViT-L/16
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 16,
-    "layer_norm_eps": 1e-6,
-}
-_TEXT = {  # BERT-base
-    "vocab_size": 30524,
-    "hidden_size": 768,
-    "encoder_hidden_size": 1024,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_dropout_prob": 0.1,
-    "attention_probs_dropout_prob": 0.1,
-}
-
-
-def published() -> tuple[BlipVisionConfig, BlipTextConfig]:
-    """The towers of ImageReward, which VP-Score follows: 303 and 142 million parameters.
-
-    Dropout in the text tower is the published 0.1. The published vision tower also skips whole blocks at random in
-    training, up to one in ten of the last; transformers' has no such thing, so ours does not.
-    """
-    return BlipVisionConfig(**_VISION), BlipTextConfig(**_TEXT)
 
 
 class VPScore(TrainableReward):
@@ -77,6 +49,7 @@ class VPScore(TrainableReward):
         tokenizer: BERT's, with a vocabulary of at most `text.vocab_size`.
         head_widths: of the layers between [CLS] and the score; the published ones are 1024, 128, 64, 16.
         max_length: tokens after which a prompt is cut; 35 in the published model.
+        by_aspect: four outputs, one for each aspect, instead of one.
         gradient_checkpointing: in training, computes each layer once more in the backward pass instead of keeping its
             activations.
 
@@ -93,16 +66,18 @@ class VPScore(TrainableReward):
         tokenizer: BertTokenizer,
         head_widths: tuple[int, ...] = (1024, 128, 64, 16),
         max_length: int = 35,
+        by_aspect: bool = False,
         gradient_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        _check(vision, text, tokenizer, max_length)
+        blip_sizes.check(vision, text, tokenizer, max_length)
         text = copy.copy(text)
         text.is_decoder = True  # creates the cross-attention; attention stays bidirectional as the call does not set it
         self.vision = BlipVisionModel(vision)
         self.text = BlipTextModel(text, add_pooling_layer=False)
         fuse(self.vision, self.text)
         self.tokenizer, self.max_length, self.head_widths = tokenizer, max_length, tuple(head_widths)
+        self._by_aspect = by_aspect
         self.head = self._new_head()
         for layer in self.modules():
             if isinstance(layer, GradientCheckpointingLayer):
@@ -111,13 +86,23 @@ class VPScore(TrainableReward):
                 layer._gradient_checkpointing_func = partial(recompute, use_reentrant=False)  # type: ignore[assignment]
 
     @classmethod
-    def load(cls, checkpoint: str, dtype: str = "float32", gradient_checkpointing: bool = False) -> "VPScore":
+    def load(
+        cls,
+        checkpoint: str,
+        by_aspect: bool | None = None,
+        weights: Mapping[str, float] | None = None,
+        dtype: str = "float32",
+        gradient_checkpointing: bool = False,
+    ) -> "VPScore":
         """Reads a folder that `save` wrote, or the embedded `tiny-vp-score` or `tiny-blip`: frozen.
 
         A folder with the towers alone (a pretrained BLIP) gets a new head. `freeze(0.0)` makes it trainable.
 
         Args:
             checkpoint: the folder.
+            by_aspect: whether a new head has an output for each aspect. None: as in the checkpoint, or else not.
+            weights: of the aspects in the score, where the head has an output for each; one that is not named counts
+                nothing. None: those that training found.
             dtype: of the towers, and of the images in them; the head stays in float32.
             gradient_checkpointing: see the class.
 
@@ -142,6 +127,7 @@ class VPScore(TrainableReward):
                     BertTokenizer.from_pretrained(folder),
                     tuple(config["head_widths"]),
                     config["max_length"],
+                    config.get("by_aspect", bool(by_aspect)),
                     gradient_checkpointing,
                 )
         except (ValueError, KeyError, TypeError, SafetensorError, StrictDataclassError) as error:
@@ -149,6 +135,13 @@ class VPScore(TrainableReward):
         reward._fill(
             state, f"reward.checkpoint={checkpoint!r} does not fit its own config.json", f"It must be {_WANTED}"
         )
+        if by_aspect is not None and by_aspect != reward._by_aspect:
+            raise ValueError(
+                f"reward.by_aspect={by_aspect}, but the head in reward.checkpoint={checkpoint!r} was trained "
+                f"{'with one output' if by_aspect else 'by aspect'}: start from towers without a head."
+            )
+        if weights is not None:
+            reward.weigh(in_order(weights, len(reward.head.mean)))
         return reward._frozen(dtype)
 
     @classmethod
@@ -163,6 +156,7 @@ class VPScore(TrainableReward):
         text: BlipTextConfig | None = None,
         mean: float = 0.0,
         std: float = 1.0,
+        by_aspect: bool = False,
         dtype: str = "float32",
         gradient_checkpointing: bool = False,
     ) -> "VPScore":
@@ -179,6 +173,7 @@ class VPScore(TrainableReward):
             tokenizer: hub name or folder of bert-base-uncased's; BLIP's two words, [DEC] and [ENC], are added.
             vision, text: sizes of the towers; without them the published ones.
             mean, std: what raw scores are standardised by, as the file does not say: ImageReward's are 0.1672, 1.0333.
+            by_aspect: whether a new head has an output for each aspect.
             dtype, gradient_checkpointing: as in `load`.
 
         Raises:
@@ -187,24 +182,25 @@ class VPScore(TrainableReward):
         """
         if not std > 0:
             raise ValueError(f"reward.std={std} must be above 0.")
-        sizes = published()
+        sizes = blip_sizes.published()
         vision, text = vision or sizes[0], text or sizes[1]
         state = blip_names.rename(blip_names.read(init, file, revision), init)
         with torch.device("meta"):
             words = blip_names.tokenizer(tokenizer, text.vocab_size)
-            reward = cls(vision, text, words, gradient_checkpointing=gradient_checkpointing)
+            reward = cls(vision, text, words, by_aspect=by_aspect, gradient_checkpointing=gradient_checkpointing)
         if _POSITIONS in state:
             side = vision.image_size // vision.patch_size  # type: ignore[operator]  # BLIP's are numbers
             state[_POSITIONS] = blip_names.resize_positions(state[_POSITIONS], side)
-        for name, value in (("head.mean", mean), ("head.std", std)):
-            state[name] = torch.full(reward.get_buffer(name).shape, value)
+        outputs = len(reward.head.mean)
+        state |= {"head.mean": torch.full((outputs,), mean), "head.std": torch.full((outputs,), std)}
+        state |= {"head.correlation": torch.eye(outputs), "head.weights": torch.ones(outputs)}
         reward._fill(
             state, f"reward.init={init!r} does not fit", "Sizes of other towers are reward.vision and reward.text."
         )
         return reward._frozen(dtype)
 
     def _new_head(self) -> Head:
-        return Head(self.text.config.hidden_size, self.head_widths)
+        return Head(self.text.config.hidden_size, self.head_widths, len(ASPECTS) if self._by_aspect else 1)
 
     def _fill(self, state: dict[str, Tensor], wrong: str, way_out: str) -> None:
         """Gives parameters on the meta device their values: all of these, and no others."""
@@ -239,10 +235,11 @@ class VPScore(TrainableReward):
         """
         folder.mkdir(parents=True, exist_ok=True)
         config = {
-            "vision": _settings(self.vision.config),
-            "text": _settings(self.text.config),
+            "vision": blip_sizes.settings(self.vision.config),
+            "text": blip_sizes.settings(self.text.config),
             "head_widths": self.head_widths,
             "max_length": self.max_length,
+            **({"by_aspect": self._by_aspect} if head else {}),
         }
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.tokenizer.save_pretrained(folder)
@@ -287,24 +284,29 @@ class VPScore(TrainableReward):
         """Turns dropout on, unless nothing in here is trained: then scores must not be random."""
         return super().train(mode and any(parameter.requires_grad for parameter in self.parameters()))
 
-    def standardise(self, scores: Scores) -> None:
-        """Updates the stored constants; scores that were standardised before may be given.
+    def standardise(self, outputs: Float[Tensor, "batch outputs"]) -> None:
+        """Updates the stored constants; outputs that were standardised before may be given.
 
         Raises:
-            ValueError: the scores are all equal, or not finite.
+            ValueError: they are all equal, or not finite.
         """
-        mean, std = scores.mean(), scores.std()
-        if not std > 0 or not torch.isfinite(std):
-            raise ValueError(
-                f"{len(scores)} scores with mean {mean:.4g} and standard deviation {std:.4g} cannot be standardised: "
-                "the training has diverged or collapsed. Lower algorithm.optimizer.lr."
-            )
-        self.head.mean += mean * self.head.std
-        self.head.std *= std
+        self.head.standardise(outputs)
+
+    def weigh(self, weights: Float[Tensor, " outputs"]) -> None:
+        """Sets how much each output counts in the score; only their ratios matter."""
+        self.head.weights.copy_(weights)
 
     def forward(self, images: Images, prompts: list[str]) -> Scores:
         """Standardised scores in float32; gradients flow to the images."""
+        return self.combine(self.outputs(images, prompts))
+
+    def outputs(self, images: Images, prompts: list[str]) -> Float[Tensor, "batch outputs"]:
+        """The head's: one, or one for each aspect."""
         return self.head(self.features(images, prompts))
+
+    def combine(self, outputs: Float[Tensor, "batch outputs"]) -> Scores:
+        """See `Head.combine`."""
+        return self.head.combine(outputs)
 
     def features(self, images: Images, prompts: list[str]) -> Float[Tensor, "batch features"]:
         """The text tower's [CLS], which has read the prompt and looked at the image.
@@ -330,18 +332,3 @@ class VPScore(TrainableReward):
         """The vision tower's tokens of any images."""
         pixels = preprocess(images, self.vision.config.image_size)  # type: ignore[arg-type]  # BLIP's is a number
         return self.vision(pixel_values=pixels.to(self.vision.dtype)).last_hidden_state
-
-
-def _check(vision: BlipVisionConfig, text: BlipTextConfig, tokenizer: BertTokenizer, max_length: int) -> None:
-    if text.encoder_hidden_size != vision.hidden_size:
-        raise ValueError(f"{text.encoder_hidden_size=} must be {vision.hidden_size=}: the text looks at the image.")
-    if len(tokenizer) > text.vocab_size:
-        raise ValueError(f"The tokenizer has {len(tokenizer)} words, more than {text.vocab_size=}.")
-    if max_length > text.max_position_embeddings:
-        raise ValueError(f"{max_length=} is more than {text.max_position_embeddings=}.")
-
-
-def _settings(config: Any) -> dict[str, Any]:
-    """A BLIP config as its constructor takes it, without what changes with the version of transformers."""
-    skip = ("transformers_version", "dtype", "model_type")
-    return {name: value for name, value in config.to_diff_dict().items() if name not in skip}

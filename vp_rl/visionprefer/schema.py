@@ -1,9 +1,11 @@
 """VisionPrefer on disk: Parquet shards, one row a prompt, images inside; `datasets.load_dataset(folder)` reads them."""
 
+import bisect
+import functools
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, get_args
@@ -47,7 +49,9 @@ FEATURES = Features(
     }
 )
 SPLITS: tuple[Split, ...] = get_args(Split)
-_ROW_GROUP = 100  # prompts: with images inside, larger groups make reading a few rows slow
+_ROW_GROUP = 100  # prompts, or fewer
+_GROUP_BYTES = 4 * 2**20  # of images, after which a row group ends: reading one row reads its whole group
+_HELD = 64  # row groups in memory while rows are read in any order
 _SHARD = 512 * 2**20  # bytes of images after which a new file is begun
 
 Row = dict[str, Any]
@@ -101,12 +105,13 @@ class _Shards:
         self._rows: list[Row] = []
         self._files: list[Path] = []
         self._writer: parquet.ParquetWriter | None = None
-        self._bytes = 0
+        self._bytes = self._waiting = 0
 
     def add(self, row: Row) -> None:
         self._rows.append(row)
-        self._bytes += sum(len(image["image"]["bytes"]) for image in row["images"])
-        if len(self._rows) == _ROW_GROUP:
+        size = sum(len(image["image"]["bytes"]) for image in row["images"])
+        self._bytes, self._waiting = self._bytes + size, self._waiting + size
+        if len(self._rows) == _ROW_GROUP or self._waiting > _GROUP_BYTES:
             self._flush()
         if self._bytes > _SHARD:
             self._close()
@@ -127,7 +132,7 @@ class _Shards:
             self._files.append(self._folder / f"{self._split}-{len(self._files):05d}")
             self._writer = parquet.ParquetWriter(self._files[-1], FEATURES.arrow_schema)
         self._writer.write_table(pyarrow.Table.from_pylist(self._rows, schema=FEATURES.arrow_schema))
-        self._rows = []
+        self._rows, self._waiting = [], 0
 
     def _close(self) -> None:
         if self._rows:
@@ -200,3 +205,35 @@ def read(folder: Path, split: Split) -> Iterator[Row]:
         for batch in parquet.ParquetFile(file).iter_batches(_ROW_GROUP)
         for row in batch.to_pylist()
     )
+
+
+class Rows(Sequence[Row]):
+    """The rows of one split, read in any order; the row groups read last stay in memory.
+
+    Raises:
+        FileNotFoundError, ValueError: see `shards`.
+    """
+
+    def __init__(self, folder: Path, split: Split) -> None:
+        self._groups: list[tuple[Path, int]] = []
+        self._ends: list[int] = []
+        end = 0
+        for file in shards(folder, split):
+            about_file = parquet.read_metadata(file)
+            for group in range(about_file.num_row_groups):
+                end += about_file.row_group(group).num_rows
+                self._groups.append((file, group))
+                self._ends.append(end)
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, index: int) -> Row:
+        place = bisect.bisect_right(self._ends, index)
+        first = self._ends[place - 1] if place else 0
+        return _read_group(*self._groups[place]).slice(index - first, 1).to_pylist()[0]
+
+
+@functools.lru_cache(_HELD)
+def _read_group(file: Path, group: int) -> pyarrow.Table:
+    return parquet.ParquetFile(file).read_row_group(group)
