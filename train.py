@@ -7,9 +7,9 @@ python train.py experiment=vpscore               build VisionPrefer and train th
 
 import logging
 import os
+import shutil
 import sys
 import warnings
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from hydra.types import RunMode
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from vp_rl.callbacks.checkpoint_files import differences, newest, order, read
 
 log = logging.getLogger("vp_rl")
 
@@ -47,13 +49,19 @@ def run(config: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     data = instantiate(config.data)
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    checkpoint = _checkpoint(config.resume, folder, settings)
     algorithm = instantiate(config.algorithm)
     trainer: lightning.Trainer = instantiate(
         config.trainer, callbacks=_present(config.callbacks), logger=_present(config.logger)
     )
+    from vp_rl.callbacks.checkpoint import RunCheckpoints  # `--help` and mistyped settings need not wait for it
+
+    if isinstance(trainer.checkpoint_callback, RunCheckpoints):
+        trainer.checkpoint_callback.settings = settings
     for logger in trainer.loggers:
-        logger.log_hyperparams(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
-    trainer.fit(algorithm, data, ckpt_path=_checkpoint(config.resume, folder))
+        logger.log_hyperparams(settings)
+    trainer.fit(algorithm, data, ckpt_path=checkpoint, weights_only=True)
     if config.test:
         trainer.test(algorithm, data, verbose=False)
     if HydraConfig.get().mode == RunMode.MULTIRUN:
@@ -68,25 +76,76 @@ def _present(nodes: DictConfig) -> list[Any]:
     return [instantiate(node) for node in nodes.values() if node is not None]
 
 
-def _checkpoint(resume: str | None, folder: Path) -> str | None:
-    """The checkpoint to go on from.
+def _checkpoint(resume: str | None, folder: Path, settings: dict[str, Any]) -> Path | None:
+    """The checkpoint to go on from; None: begin.
+
+    `auto` is the newest valid one in this run's folder; or, where that is a new one that Hydra named, in the newest
+    unfinished run beside it whose settings do not forbid it. A path is a checkpoint, or the folder of a run.
 
     Raises:
         FileNotFoundError: there is none where `resume` says.
-        ValueError: that file is no checkpoint, or a truncated one.
+        ValueError: the file is no checkpoint, or of a run with other settings; or the folder has a run's checkpoints
+            and nobody said to go on.
     """
+    own = folder / "checkpoints"
     if resume is None:
+        if any(own.glob("*.ckpt")):
+            raise ValueError(
+                f"{folder} has the checkpoints of a run. Go on with it by resume=auto, or choose another hydra.run.dir."
+            )
         return None
-    path = folder / "checkpoints" / "last.ckpt" if resume == "auto" else Path(resume)
-    if not path.is_file():
-        if resume == "auto":
-            return None
-        raise FileNotFoundError(f"resume={resume!r}: there is no such checkpoint. Runs keep theirs in checkpoints/.")
-    if not zipfile.is_zipfile(path):  # what torch.save writes, closed properly
+    if resume != "auto":
+        found = _given(Path(resume))
+    elif (found := newest(own)) is None and _is_named_by_hydra():
+        found = _beside(folder, settings)
+    if found is None:
+        log.info("resume=%s: nothing to go on from, the run begins", resume)
+        return None
+    path, content = found
+    fixed, rounding = differences(content.get("run", {}).get("settings", settings), settings)
+    if fixed:
         raise ValueError(
-            f"resume={resume!r}: {path} is no checkpoint, or a truncated one. Give another of checkpoints/."
+            f"resume={resume}: {path} is of a run with other settings, which a run cannot change on its way: "
+            f"{'; '.join(fixed)}. Give that run's, or begin a new run without resume."
         )
-    return str(path)
+    if rounding:
+        log.warning("the resumed run is not bit for bit the one that was stopped: %s", "; ".join(rounding))
+    log.info("going on from %s", path)
+    table = path.parents[1] / "metrics.csv"
+    if path.parent != own and table.is_file() and not (folder / table.name).exists():
+        shutil.copy(table, folder)  # the run's metrics until there
+    return path
+
+
+def _given(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The checkpoint that a user names, or the newest of a folder."""
+    if path.is_file():
+        try:
+            return path, read(path)
+        except ValueError as error:
+            raise ValueError(f"resume='{path}': {error} Give another of checkpoints/, or resume=auto.") from error
+    found = newest(path / "checkpoints") or newest(path)
+    if found is None:
+        raise FileNotFoundError(f"resume='{path}': there is no such checkpoint. Runs keep theirs in checkpoints/.")
+    return found
+
+
+def _beside(folder: Path, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
+    """The newest unfinished run of the same settings, of those that Hydra put beside this one."""
+    runs = {file.parents[1] for file in folder.parent.glob("*/checkpoints/*.ckpt")}
+    for run in sorted(runs, reverse=True):  # by their date
+        found = newest(run / "checkpoints")
+        if found is None or order(found[0])[0] == settings["trainer"]["max_epochs"]:
+            continue
+        before = found[1].get("run", {}).get("settings")
+        if before and not differences(before, settings)[0]:
+            return found
+    return None
+
+
+def _is_named_by_hydra() -> bool:
+    chosen = HydraConfig.get()
+    return chosen.mode == RunMode.RUN and not any("hydra.run.dir=" in given for given in chosen.overrides.hydra)
 
 
 def _objective(trainer: lightning.Trainer, name: str) -> float | None:

@@ -22,10 +22,10 @@ class AccuracyReport(lightning.Callback):
     """Writes `accuracy.md` and `summary.json`: VP-Score beside a single noisy annotator and chance.
 
     Args:
-        noisy: a second, less careful annotator of the same images.
+        noisy: a second, less careful annotator of the same images; None: VP-Score stands alone.
     """
 
-    def __init__(self, noisy: Annotator) -> None:
+    def __init__(self, noisy: Annotator | None = None) -> None:
         self._noisy = noisy
         self._prompts: list[str] = []
         self._scores: list[Tensor] = []
@@ -44,7 +44,8 @@ class AccuracyReport(lightning.Callback):
         self._prompts += batch.prompts
         self._scores.append(outputs.float().cpu())
         self._ratings.append(batch.ratings.cpu())
-        self._images.append(to_uint8(batch.images))
+        if self._noisy is not None:
+            self._images.append(to_uint8(batch.images))
 
     def on_test_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Computes, prints and writes the table."""
@@ -52,10 +53,10 @@ class AccuracyReport(lightning.Callback):
             return
         ratings = torch.cat(self._ratings).numpy()
         scores = torch.cat(self._scores).numpy()[:, : len(ASPECTS)]
-        columns = {
-            "VP-Score": pairwise_accuracy(scores, ratings, self._prompts),
-            "one noisy judge": pairwise_accuracy(self._second_ratings(), ratings, self._prompts, tie=0.5),
-        }
+        columns = {"VP-Score": pairwise_accuracy(scores, ratings, self._prompts)}
+        if self._noisy is not None:
+            second = self._second_ratings(self._noisy)
+            columns["one noisy judge"] = pairwise_accuracy(second, ratings, self._prompts, tie=0.5)
         table = as_markdown(columns)
         print(f"\nPairwise accuracy on held-out prompts, with 95% intervals\n{table}")
         folder = Path(trainer.default_root_dir)
@@ -63,7 +64,7 @@ class AccuracyReport(lightning.Callback):
         summary = {name: {rule: asdict(value) for rule, value in column.items()} for name, column in columns.items()}
         (folder / "summary.json").write_text(json.dumps({"accuracy": summary}, indent=2) + "\n")
 
-    def _second_ratings(self) -> np.ndarray:
+    def _second_ratings(self, annotator: Annotator) -> np.ndarray:
         pictures = [[as_png(image)] for image in np.concatenate(self._images)]
-        rated = asyncio.run(rate_all(self._noisy, self._prompts, pictures, quiet=True))
+        rated = asyncio.run(rate_all(annotator, self._prompts, pictures, quiet=True))
         return np.array([[row[aspect][0].rating for aspect in ASPECTS] for row in rated], dtype=float)

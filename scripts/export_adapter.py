@@ -1,0 +1,93 @@
+"""Writes a run's adapter as other programs read it: diffusers, Kohya's format (ComfyUI), or a whole pipeline.
+
+python scripts/export_adapter.py run=outputs/ddpo_vpscore/DATE to=kohya
+python scripts/export_adapter.py --help
+"""
+
+import json
+import logging
+import os
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vp_rl.policies import export
+from vp_rl.policies.pipelines import Source
+
+FORMATS = ("diffusers", "kohya", "merged")
+_SAID = ("policy", "algorithm", "reward", "sampler", "data", "prompts", "seed", "trainer")  # of the settings
+_SECRET = re.compile(r"(^|_)(key|token|secret|password)$")
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="export")
+def main(config: DictConfig) -> None:
+    """One export."""
+    try:
+        print(f"written: {write(Path(config.run), config.to, Path(config.folder))}")
+    except (ValueError, OSError, OmegaConfBaseException) as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.exit(f"error: {error}")
+
+
+def write(run: Path, to: str, folder: Path) -> Path:
+    """Exports a run's adapter.
+
+    Returns:
+        The file, or the folder of a whole pipeline.
+
+    Raises:
+        FileNotFoundError: that is no folder of a finished run.
+        ValueError: the format is unknown, or does not have such adapters.
+    """
+    if to not in FORMATS:
+        raise ValueError(f"to={to!r} is unknown: choose from {', '.join(FORMATS)}.")
+    written = run / ".hydra" / "config.yaml"
+    if not written.is_file():
+        raise FileNotFoundError(f"run='{run}' is no folder of a run: it has no .hydra/config.yaml.")
+    config = OmegaConf.load(written)
+    if OmegaConf.select(config, "policy.path") is None:
+        raise ValueError(f"run='{run}' has no policy, so no adapter.")
+    policy: Any = OmegaConf.to_container(config.policy, resolve=True)
+    facts = describe(config, policy["path"])
+    if to == "diffusers":
+        return export.to_diffusers(run / "adapter", folder, facts)
+    if to == "kohya":
+        return export.to_kohya(run / "adapter", folder, facts)
+    source = Source(policy["path"], policy["dtype"], policy.get("revision"), policy.get("variant"))
+    return export.to_merged(run / "adapter", source, policy.get("vae"), folder, facts)
+
+
+def describe(config: Any, base: str) -> dict[str, str]:
+    """What is said of the adapter in its header."""
+    settings: Any = OmegaConf.to_container(config, resolve=False)  # environment variables stay names
+    facts = {
+        "base_model": base,
+        "base_licence": export.licence(base),
+        "reward": settings.get("reward", {}).get("_target_", "").rpartition(".")[2],
+        "reward_checkpoint": settings.get("reward", {}).get("checkpoint"),
+        "seed": settings.get("seed"),
+        "settings": json.dumps(without_secrets({name: settings[name] for name in _SAID if name in settings})),
+        "version": version("vp_rl"),
+    }
+    return {f"vp_rl.{name}": str(value) for name, value in facts.items() if value not in (None, "")}
+
+
+def without_secrets(value: Any) -> Any:
+    """The settings without passwords and the like, by their names."""
+    if isinstance(value, dict):
+        return {name: without_secrets(item) for name, item in value.items() if not _SECRET.search(str(name))}
+    return [without_secrets(item) for item in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a CPU kernel that this system does not use
+    main()

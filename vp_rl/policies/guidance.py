@@ -1,0 +1,37 @@
+"""Classifier-free guidance (Ho & Salimans 2022)."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vp_rl.types import Conditioning, Latents
+
+Denoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""Latents, timesteps and conditioning to the denoiser's output."""
+
+
+class Guidance(nn.Module):
+    """Leads away from a negative prompt, whose conditioning (of batch 1) it keeps beside the denoiser."""
+
+    def __init__(self, negative: Conditioning) -> None:
+        super().__init__()
+        for name, tensor in negative.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def forward(
+        self,
+        denoise: Denoise,
+        latents: Latents,
+        timestep: Float[Tensor, " batch"],
+        conditioning: Conditioning,
+        scale: float,
+    ) -> Latents:
+        """without + scale (with - without), both in one batch; a scale of 1 is the denoiser itself."""
+        if scale == 1:
+            return denoise(latents, timestep, conditioning)
+        negative = {name: self.get_buffer(name).expand_as(tensor) for name, tensor in conditioning.items()}
+        both = {name: torch.cat([negative[name], tensor]) for name, tensor in conditioning.items()}
+        without, with_prompt = denoise(torch.cat([latents] * 2), torch.cat([timestep] * 2), both).chunk(2)
+        return without + scale * (with_prompt - without)

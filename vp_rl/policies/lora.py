@@ -1,0 +1,201 @@
+"""The trainable part of a policy: a LoRA on its denoiser, whatever the family, and its file in diffusers' format."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_unet_state_dict_to_peft
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+_NAMES = {"unet": "U-Net", "transformer": "transformer"}
+
+
+class Adapter:
+    """A LoRA in float32 on a frozen denoiser, which holds its parameters.
+
+    Args:
+        denoiser: what is adapted; only the adapter's parameters will require gradients.
+        lora: which layers, at which rank; None: nothing, for images only.
+        component: the denoiser's name in the pipeline.
+        pipeline: diffusers' class of it, which knows the format of the adapter's file.
+
+    Raises:
+        ValueError: the settings do not fit the denoiser.
+    """
+
+    def __init__(
+        self,
+        denoiser: ModelMixin,
+        lora: LoraConfig | None,
+        component: Literal["unet", "transformer"],
+        pipeline: type[DiffusionPipeline],
+    ) -> None:
+        self._denoiser, self._component, self._pipeline = denoiser, component, pipeline
+        self._on = lora is not None
+        denoiser.requires_grad_(False)
+        if lora is not None:
+            _check(lora, denoiser, _NAMES[component])
+            try:
+                denoiser.add_adapter(lora)
+            except ValueError as error:
+                raise ValueError(f"The LoRA settings do not fit this {_NAMES[component]}: {error}") from error
+            cast_training_params(denoiser, dtype=torch.float32)
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Inside it the adapter is off.
+
+        Always switched back on, since a backward pass with it off silently gives no gradients.
+        """
+        if not self._on:
+            yield
+            return
+        self._denoiser.disable_adapters()
+        self._on = False
+        try:
+            yield
+        finally:
+            self._on = True
+            self._denoiser.enable_adapters()
+
+    @contextmanager
+    def merged(self) -> Iterator[None]:
+        """Inside it the adapter is added into the frozen weights, which saves a third of a tiny denoiser's time.
+
+        Only where these are float32: in half precision small changes would be rounded away. The weights are put back as
+        they were, not computed back, so that nothing accumulates.
+        """
+        layers = [module for module in self._denoiser.modules() if isinstance(module, LoraLayer)]
+        if not self._on or self._denoiser.dtype != torch.float32 or any(layer.lora_variant for layer in layers):
+            yield
+            return
+        frozen = [layer.get_base_layer().weight for layer in layers]
+        before = [weight.data for weight in frozen]
+        with torch.no_grad():
+            for layer, weight in zip(layers, frozen, strict=True):
+                weight.data = weight.data + layer.get_delta_weight("default")
+        try:
+            with self.off():
+                yield
+        finally:
+            for weight, data in zip(frozen, before, strict=True):
+                weight.data = data
+
+    def save(self, directory: Path) -> None:
+        """`pytorch_lora_weights.safetensors` as diffusers reads it, with the settings needed to scale it right.
+
+        PEFT's names for all layers: diffusers' older ones exist for attention only, and mixed files load in part.
+        """
+        self._pipeline.save_lora_weights(
+            directory,
+            **{
+                f"{self._component}_lora_layers": get_peft_model_state_dict(self._denoiser),
+                f"{self._component}_lora_adapter_metadata": self._settings(),
+            },
+        )
+
+    def _settings(self) -> dict[str, Any]:
+        """The LoRA's settings in JSON's types (without them a loader assumes alpha = rank)."""
+        settings = self._denoiser.peft_config["default"].to_dict()
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+
+    def load(self, directory: Path) -> None:
+        """Reads what `save` wrote.
+
+        Raises:
+            FileNotFoundError: there is no adapter in the folder.
+            ValueError: the folder's adapter is for another model, or has other layers, another rank or another alpha.
+        """
+        if not (directory / _FILE).is_file():
+            raise FileNotFoundError(f"There is no {_FILE} in '{directory}'; runs write theirs to adapter/.")
+        shown = f"The adapter in {directory}"
+        state, *_, settings = self._pipeline.lora_state_dict(
+            directory, weight_name=_FILE, use_safetensors=True, return_lora_metadata=True
+        )
+        prefix = f"{self._component}."
+        if not any(key.startswith(prefix) for key in state):
+            raise ValueError(
+                f"{shown} adapts {min(state).partition('.')[0]!r} and not this policy's {_NAMES[self._component]}: "
+                "it belongs to a model of another family, or is in another program's format."
+            )
+        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+        if self._component == "unet":
+            state = convert_unet_state_dict_to_peft(state)  # of older diffusers
+        self._check_layers(state, shown)
+        self._check_scale(state, {key.removeprefix(prefix): value for key, value in (settings or {}).items()}, shown)
+        set_peft_model_state_dict(self._denoiser, state)
+
+    def _check_layers(self, state: Mapping[str, Tensor], shown: str) -> None:
+        expected = get_peft_model_state_dict(self._denoiser)
+        wrong = state.keys() ^ expected.keys() | {
+            key for key in state.keys() & expected.keys() if state[key].shape != expected[key].shape
+        }
+        if not wrong:
+            return
+        layers = {name for name, _ in self._denoiser.named_modules()}
+        foreign = {key for key in state if key.partition(".lora_")[0] not in layers} | {
+            key for key in state.keys() & expected.keys() if _widths(key, state) != _widths(key, expected)
+        }
+        ranks, own = _ranks(state), _ranks(expected)
+        if foreign:
+            what = f"it was made with another model, since {min(foreign)!r} is of no layer here"
+        elif ranks != own:
+            what = f"its rank is {', '.join(map(str, ranks))}, and policy.lora.r={', '.join(map(str, own))}"
+        else:
+            what = f"{len(wrong)} tensors differ, {min(wrong)!r} first"
+        raise ValueError(
+            f"{shown} does not fit this policy's LoRA settings: {what}. "
+            "Use the same policy and policy.lora as in the run that made it."
+        )
+
+    def _check_scale(self, state: Mapping[str, Tensor], settings: Mapping[str, Any], shown: str) -> None:
+        own = self._denoiser.peft_config["default"]
+        alpha = settings.get("lora_alpha", _ranks(state)[0])  # what diffusers takes where none is recorded
+        if alpha != own.lora_alpha:
+            raise ValueError(
+                f"{shown} has lora_alpha={alpha} and would count {own.lora_alpha / alpha:.3g} times as much here: "
+                f"set policy.lora.lora_alpha={alpha}."
+            )
+        stabilised = settings.get("use_rslora", False)
+        if stabilised != own.use_rslora:
+            raise ValueError(f"{shown} would be scaled otherwise here: set policy.lora.use_rslora={stabilised}.")
+
+
+def _ranks(state: Mapping[str, Tensor]) -> list[int]:
+    """Those that layers have; PEFT's first matrix is of (rank, in)."""
+    return sorted({len(tensor) for key, tensor in state.items() if key.endswith("lora_A.weight")})
+
+
+def _widths(key: str, state: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Of the adapted layer, whatever the rank: PEFT's matrices are (rank, in, ...) and (out, rank, ...)."""
+    shape = tuple(state[key].shape)
+    return shape[1:] if key.endswith("lora_A.weight") else shape[:1] + shape[2:]
+
+
+def _check(lora: LoraConfig, denoiser: nn.Module, name: str) -> None:
+    """What PEFT would not tell, or not by name: a rank of 0, and one target of several that fits no layer."""
+    if lora.r < 1:
+        raise ValueError(f"policy.lora.r={lora.r} must be at least 1.")
+    if not isinstance(lora.target_modules, set):  # a regular expression, or all of a kind
+        return
+    layers = {path for path, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    for target in sorted(lora.target_modules):
+        if not any(path == target or path.endswith(f".{target}") for path in layers):
+            raise ValueError(
+                f"The LoRA settings do not fit this {name}: policy.lora.target_modules has {target!r}, "
+                f"which no layer is called; some are {', '.join(_common(layers))}."
+            )
+
+
+def _common(layers: set[str]) -> list[str]:
+    """The sixteen most frequent names of layers, with what makes a mere number a name."""
+    names = [".".join(path.split(".")[-2:] if path[-1].isdigit() else path.split(".")[-1:]) for path in layers]
+    return sorted(set(names), key=lambda name: (-names.count(name), name))[:16]

@@ -1,0 +1,27 @@
+"""Prompts to tokens."""
+
+import logging
+
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[str], limit: int, warn: bool = True
+) -> Int[Tensor, "batch limit"]:
+    """Token numbers, padded; what does not fit is cut off, with a warning.
+
+    Args:
+        tokenizer: of a text encoder.
+        prompts: what to encode.
+        limit: tokens that the text encoder reads.
+        warn: False where another text encoder reads further than this one.
+    """
+    tokens = tokenizer(prompts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt")
+    for prompt, row in zip(prompts, tokens.attention_mask, strict=True):
+        if warn and row.all() and len(tokenizer(prompt[: 20 * limit]).input_ids) > limit:
+            log.warning("The text encoder reads %d tokens; the end of this prompt is cut: %.80r", limit, prompt)
+    return tokens.input_ids
