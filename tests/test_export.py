@@ -77,7 +77,9 @@ def images_of(policy: StableDiffusion) -> torch.Tensor:
 def theirs(pipeline: StableDiffusionPipeline) -> torch.Tensor:
     pipeline.set_progress_bar_config(disable=True)
     settings: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": 5.0, "output_type": "pt"}
-    return pipeline(PROMPTS, generator=torch.manual_seed(5), **settings).images
+    images = pipeline(PROMPTS, generator=torch.manual_seed(5), **settings).images
+    assert isinstance(images, torch.Tensor)
+    return images
 
 
 def untouched(path: Path | str | None = None) -> StableDiffusionPipeline:

@@ -66,7 +66,8 @@ def to_kohya(adapter: Path, folder: Path, facts: Facts) -> Path:
         rank = len(exported[f"{key.removesuffix('.alpha')}.lora_down.weight"])
         alpha = float(settings.get("lora_alpha", rank)) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
         exported[key] = torch.tensor(alpha)
-        alphas.add(alpha), ranks.add(rank)
+        alphas.add(alpha)
+        ranks.add(rank)
     _check_names(exported, state)
     names = {
         "ss_network_module": "networks.lora",
