@@ -1,5 +1,6 @@
 """The builder as a whole: a paid annotator that fails in all ways, second opinions, screening, Ray, its script."""
 
+import asyncio
 import io
 import json
 import os
@@ -23,6 +24,7 @@ from vp_rl.annotators.answers import read_ratings, write_ratings
 from vp_rl.annotators.chat import Chat
 from vp_rl.annotators.openai_chat import OpenAIChatAnnotator
 from vp_rl.annotators.polish import OpenAIChatRewriter
+from vp_rl.annotators.ray_workers import RayAnnotator
 from vp_rl.annotators.scene import SceneAnnotator
 from vp_rl.interfaces import Annotator, Policy
 from vp_rl.policies.sd import StableDiffusion
@@ -34,6 +36,7 @@ from vp_rl.visionprefer.engine import RayEngine
 from vp_rl.visionprefer.export import push
 from vp_rl.visionprefer.image_folder import ImageFolder
 from vp_rl.visionprefer.journal import Journal
+from vp_rl.visionprefer.prompts import ScenePrompts
 from vp_rl.visionprefer.schema import SPLITS
 
 ROOT = Path(__file__).parents[1]
@@ -340,3 +343,21 @@ def test_bad_input_gets_one_message(tmp_path: Path, overrides: list[str], said: 
     assert said in result.stderr
     assert "Traceback" not in result.stderr
     assert KEY not in result.stdout + result.stderr
+
+
+@pytest.mark.slow
+def test_ray_workers_rate_as_the_annotator_here_does(tmp_path: Path) -> None:
+    import ray
+
+    source = ScenePrompts(4, 0, 0)
+    rated = RayAnnotator(SceneAnnotator, workers=2)
+    assert rated.concurrency == 2 * SceneAnnotator().concurrency
+    try:
+        builder(source, rated).build(tmp_path / "ray")
+        picture = rows(tmp_path / "ray")[0]["images"][0]["image"]["bytes"]
+        with pytest.raises(ValueError, match="no scene at all"):
+            asyncio.run(rated.ask("no scene at all", [picture], "aesthetic"))
+    finally:
+        ray.shutdown()
+    builder(source, SceneAnnotator()).build(tmp_path / "here")
+    assert rows(tmp_path / "ray") == rows(tmp_path / "here")

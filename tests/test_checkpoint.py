@@ -32,7 +32,7 @@ EPOCHS, BATCHES = 3, 4  # of a run here
 
 
 class Counting(Reward):
-    """Scores as `QuadraticReward` does; calls `when` before each time, and knows how often it was asked."""
+    """Likes other images for each prompt, and each time it is asked, of which it keeps count; calls `when` before."""
 
     differentiable = True
 
@@ -43,7 +43,8 @@ class Counting(Reward):
     def forward(self, images: Images, prompts: list[str]) -> Scores:
         self.calls += 1
         self.when(self.calls)
-        return QuadraticReward()(images, prompts) * (1 + self.calls)
+        liked = 0.2 * self.calls + torch.tensor([float(prompt.split()[-1]) for prompt in prompts])
+        return QuadraticReward()(images, prompts) + liked * images.mean((1, 2, 3))
 
     def get_extra_state(self) -> dict[str, int]:
         return {"calls": self.calls}
@@ -90,6 +91,13 @@ def fit(
 
 def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
+
+
+def latest(folder: Path) -> Path:
+    """The checkpoint that a resumed run goes on from."""
+    found = newest(folder)
+    assert found is not None
+    return found[0]
 
 
 def kills(number: int, signum: signal.Signals = signal.SIGTERM) -> Callable[[int], None]:
@@ -198,7 +206,7 @@ def test_the_newest_checkpoint_is_the_one_furthest_on(tmp_path: Path) -> None:
     content = written(tmp_path / "run").read_bytes()
     for name in ("last", "epoch=0010", "epoch=0009-batch=0011", "epoch=0010-batch=0002", "epoch=0002"):
         (tmp_path / f"{name}.ckpt").write_bytes(content)
-    assert newest(tmp_path)[0].name == "epoch=0010-batch=0002.ckpt"
+    assert latest(tmp_path).name == "epoch=0010-batch=0002.ckpt"
 
 
 # --- settings
@@ -292,7 +300,7 @@ def test_a_run_stopped_while_images_are_scored_keeps_all_its_updates(
     with pytest.raises(Interrupted) as stopped:
         fit(make(LinearPolicy(), Counting(kills(stop))), tmp_path / "run")
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert newest(tmp_path / "run")[0].name == last
+    assert latest(tmp_path / "run").name == last
     assert torch.equal(resumed(make, tmp_path / "run"), unbroken(make, tmp_path / "whole"))
 
 
@@ -314,7 +322,7 @@ def test_accumulated_gradients_are_not_lost(tmp_path: Path) -> None:
         # A round is 3 micro-batches, an update 2: the run can be stopped after 6 of an epoch's 12.
         accumulating(LinearPolicy(), Counting(kills(2)), tmp_path / "run")
     assert names(tmp_path / "run") == ["epoch=0000-batch=0006.ckpt"]
-    accumulating(second, Counting(), tmp_path / "run", newest(tmp_path / "run")[0])
+    accumulating(second, Counting(), tmp_path / "run", latest(tmp_path / "run"))
     accumulating(whole, Counting(), tmp_path / "whole")
     assert torch.equal(second.bias, whole.bias)
 
@@ -414,7 +422,7 @@ def test_a_run_stopped_in_its_last_epoch_leaves_the_last_evaluation_to_the_resum
         fit(refl(LinearPolicy(), Counting(kills(EPOCHS * BATCHES))), tmp_path, Watch(takes=30))
     assert time.monotonic() - started < 20
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert newest(tmp_path)[0].name == f"epoch={EPOCHS:04d}.ckpt"
+    assert latest(tmp_path).name == f"epoch={EPOCHS:04d}.ckpt"
 
 
 def test_a_run_stopped_at_an_epochs_end_has_logged_that_epoch(tmp_path: Path) -> None:
@@ -429,7 +437,7 @@ def test_a_run_resumed_within_an_epoch_opens_it_for_everybody(tmp_path: Path) ->
     with pytest.raises(Interrupted):
         fit(refl(LinearPolicy(), Counting(kills(6))), tmp_path)
     watch = Watch()
-    fit(refl(LinearPolicy(), Counting()), tmp_path, watch, resume=newest(tmp_path)[0])
+    fit(refl(LinearPolicy(), Counting()), tmp_path, watch, resume=latest(tmp_path))
     assert watch.calls == [("start", 1), ("epoch", 1), ("epoch", 2), ("end", 3)]
 
 
