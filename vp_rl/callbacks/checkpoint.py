@@ -42,7 +42,8 @@ class RunCheckpoints(Checkpoint):
     `grace`. Then it writes a checkpoint and exits with 128 + the signal's number. If time runs out, or on the second
     Ctrl-C, it exits without: what was learned since the last checkpoint is lost. Where Lightning runs a SLURM job with
     automatic requeueing, its own handler is called after the checkpoint is written, and has the job started again.
-    A run that is resumed within an epoch has that epoch's metrics of the second part only.
+    A run that is resumed within an epoch has that epoch's metrics of the second part only. A reward model's run stops
+    at the end of epochs only.
 
     Checkpoints of sharded strategies that write folders are not atomic.
 
@@ -112,7 +113,7 @@ class RunCheckpoints(Checkpoint):
     ) -> None:
         """Stops if it was asked to and a run can be resumed from here; an epoch's last batch leaves that to its end."""
         done = batch_idx + 1
-        whole = module.resumable_after(done) if isinstance(module, PolicyTraining) else True
+        whole = isinstance(module, PolicyTraining) and module.resumable_after(done)
         if not whole or done % trainer.accumulate_grad_batches or done == trainer.num_training_batches:
             return
         self._reach(module, trainer.current_epoch, done)

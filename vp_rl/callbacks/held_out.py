@@ -68,7 +68,7 @@ class HeldOutEvaluation(lightning.Callback):
         assert isinstance(module, PolicyTraining)
         assert self._base is not None, "evaluated when training started"
         now = self._evaluate(trainer, module, self._small, f"epoch {trainer.current_epoch + 1}")
-        # Through the module, so that checkpoints can be kept by these: callbacks.checkpoint.monitor=held_out/reward.
+        # Through the module, so that a ModelCheckpoint can monitor these: held_out/reward.
         module.log_dict({f"held_out/{name}": value for name, value in now.means().items()}, rank_zero_only=True)
         self._show(trainer, now, trainer.current_epoch + 1)
 

@@ -74,7 +74,9 @@ class Adapter:
         they were, not computed back, so that nothing accumulates.
         """
         layers = [module for module in self._denoiser.modules() if isinstance(module, LoraLayer)]
-        if not self._on or self._denoiser.dtype != torch.float32 or any(layer.lora_variant for layer in layers):
+        # Under autocast the sum would be rounded where training rounds its two parts: other log-probabilities.
+        rounding = self._denoiser.dtype != torch.float32 or torch.is_autocast_enabled(self._denoiser.device.type)
+        if not self._on or rounding or any(layer.lora_variant for layer in layers):
             yield
             return
         frozen = [layer.get_base_layer().weight for layer in layers]
