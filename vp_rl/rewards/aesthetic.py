@@ -68,12 +68,12 @@ class AestheticReward(Reward):
 
     def forward(self, images: Images, prompts: list[str]) -> Scores:
         """Scores in float32, most of them between 1 and 10; gradients flow to the images."""
-        return self.head(self.clip.look(preprocess(images, self.clip.size, self.colours)))
+        return self.head.combine(self.head(self.clip.look(preprocess(images, self.clip.size, self.colours))))
 
 
 def _fitted(state: dict[str, Tensor], width: int, wrong: str) -> Head:
     head = Head(width, _WIDTHS)
-    state = {"mean": head.mean, "std": head.std, **state}  # 0 and 1: scores are as published
+    state = {**dict(head.named_buffers()), **state}  # mean 0 and std 1: scores are as published
     own = {name: tensor.shape for name, tensor in head.state_dict().items()}
     given = {name: tensor.shape for name, tensor in state.items()}
     unfit = sorted(name for name in own | given if own.get(name) != given.get(name))
