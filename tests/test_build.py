@@ -68,7 +68,8 @@ def rows(folder: Path) -> list[dict]:
 def test_every_question_to_a_hostile_server_ends_as_a_rating_or_with_its_reason(tmp_path: Path, number: int) -> None:
     many = Lists(train=[f"prompt {each}" for each in range(number)], validation=[], test=[])
     with ChatServer(tmp_path / "log.jsonl", faults=HOSTILE, latency=0.01) as server:
-        paid(server, many, images_per_prompt=2).build(tmp_path / "set")
+        patient = OpenAIChatAnnotator(chat(server, timeout=2.0))  # on a busy machine answers would be given up at 0.5 s
+        builder(many, patient, images_per_prompt=2).build(tmp_path / "set")
         sent = [json.loads(line)["outcome"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     with Journal(tmp_path / "set.work" / "journal.sqlite") as journal:
         ended = {(spent.outcome): spent.calls for spent in journal.spent()}
