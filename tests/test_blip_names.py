@@ -13,7 +13,7 @@ from test_vp_score import images
 from torch import Tensor
 from transformers import BertTokenizer, BlipConfig, BlipForImageTextRetrieval, BlipModel
 
-from vp_rl.rewards import blip_names
+from vp_rl.rewards import blip_names, checkpoints
 from vp_rl.rewards.vp_score import VPScore
 
 VISION, TEXT = configs(SMALL)
@@ -242,7 +242,7 @@ def test_a_hub_repository_is_asked_for_the_named_file(
         asked.append((repository, file, revision))
         return str(written(published, tmp_path / file))
 
-    monkeypatch.setattr(blip_names, "hf_hub_download", download)
+    monkeypatch.setattr(checkpoints, "hf_hub_download", download)
     load("THUDM/ImageReward", words, file="ImageReward.pt", revision="abc")
     assert asked == [("THUDM/ImageReward", "ImageReward.pt", "abc")]
 

@@ -2,8 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 from diffusers import FluxPipeline
@@ -13,9 +11,8 @@ from jaxtyping import Float
 from peft import LoraConfig
 from torch import Tensor
 
-from vp_rl.interfaces import Policy
 from vp_rl.policies import autoencoder
-from vp_rl.policies.lora import Adapter
+from vp_rl.policies.lora import AdaptedPolicy, Adapter
 from vp_rl.policies.pipelines import Source, latent_size, load_pipeline
 from vp_rl.policies.text import tokenize
 from vp_rl.processes.flow import Flow
@@ -24,7 +21,7 @@ from vp_rl.types import Conditioning, Images, Latents
 log = logging.getLogger(__name__)
 
 
-class Flux(Policy):
+class Flux(AdaptedPolicy):
     """A frozen FLUX.1 whose transformer carries a trainable LoRA in float32.
 
     Latents are packed: (B, tokens, channels), a token being a square of 2 x 2. There is no negative prompt: dev was
@@ -69,10 +66,6 @@ class Flux(Policy):
         across = torch.arange(self._side, dtype=torch.float32)
         positions = torch.cartesian_prod(torch.zeros(1), across, across)
         self.register_buffer("_positions", positions, persistent=False)  # (tokens, 3): nothing, row, column
-
-    def train(self, mode: bool = True) -> "Flux":
-        """Stays in evaluation mode: dropout would make replayed log-probabilities differ from sampled ones."""
-        return super().train(False)
 
     @property
     def device(self) -> torch.device:
@@ -128,22 +121,6 @@ class Flux(Policy):
     def encode_images(self, images: Images) -> Latents:
         """The mean of the VAE's posterior, shifted and scaled as the denoiser expects, and packed."""
         return _pack(autoencoder.encode(self.vae, images))
-
-    def reference(self) -> AbstractContextManager[None]:
-        """The model without its adapter."""
-        return self.adapter.off()
-
-    def merged(self) -> AbstractContextManager[None]:
-        """The adapter is added into the frozen weights where these are float32."""
-        return self.adapter.merged()
-
-    def save_adapter(self, directory: Path) -> None:
-        """`pytorch_lora_weights.safetensors`; see `Adapter.save`."""
-        self.adapter.save(directory)
-
-    def load_adapter(self, directory: Path) -> None:
-        """Reads what `save_adapter` wrote; see `Adapter.load` for what it refuses."""
-        self.adapter.load(directory)
 
 
 def _pack(latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens packed"]:

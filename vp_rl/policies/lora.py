@@ -1,7 +1,7 @@
 """The trainable part of a policy: a LoRA on its denoiser, whatever the family, and its file in diffusers' format."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,8 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
+
+from vp_rl.interfaces import Policy
 
 _FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 _NAMES = {"unet": "U-Net", "transformer": "transformer"}
@@ -180,6 +182,32 @@ def _widths(key: str, state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Of the adapted layer, whatever the rank: PEFT's matrices are (rank, in, ...) and (out, rank, ...)."""
     shape = tuple(state[key].shape)
     return shape[1:] if key.endswith("lora_A.weight") else shape[:1] + shape[2:]
+
+
+class AdaptedPolicy(Policy):
+    """What every family does alike: it hands its adapter's business to the adapter, and never turns dropout on."""
+
+    adapter: Adapter
+
+    def train(self, mode: bool = True) -> "AdaptedPolicy":
+        """Stays in evaluation mode: dropout would make replayed log-probabilities differ from sampled ones."""
+        return super().train(False)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """The model without its adapter."""
+        return self.adapter.off()
+
+    def merged(self) -> AbstractContextManager[None]:
+        """The adapter is added into the frozen weights where these are float32."""
+        return self.adapter.merged()
+
+    def save_adapter(self, directory: Path) -> None:
+        """`pytorch_lora_weights.safetensors`; see `Adapter.save`."""
+        self.adapter.save(directory)
+
+    def load_adapter(self, directory: Path) -> None:
+        """Reads what `save_adapter` wrote; see `Adapter.load` for what it refuses."""
+        self.adapter.load(directory)
 
 
 def _check(lora: LoraConfig, denoiser: nn.Module, name: str) -> None:

@@ -1,8 +1,6 @@
 """Stable Diffusion 1.x and 2.x from a hub name or a diffusers folder, with a LoRA adapter on the U-Net."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -11,10 +9,9 @@ from jaxtyping import Float
 from peft import LoraConfig
 from torch import Tensor
 
-from vp_rl.interfaces import Policy
 from vp_rl.policies import autoencoder
 from vp_rl.policies.guidance import Guidance
-from vp_rl.policies.lora import Adapter
+from vp_rl.policies.lora import AdaptedPolicy, Adapter
 from vp_rl.policies.pipelines import Source, latent_size, load_pipeline
 from vp_rl.policies.text import tokenize
 from vp_rl.processes.ddim import DDIM
@@ -23,7 +20,7 @@ from vp_rl.types import Conditioning, Images, Latents
 _UNCHECKED = {"safety_checker": None, "requires_safety_checker": False}
 
 
-class StableDiffusion(Policy):
+class StableDiffusion(AdaptedPolicy):
     """A frozen Stable Diffusion whose U-Net carries a trainable LoRA in float32.
 
     Args:
@@ -66,10 +63,6 @@ class StableDiffusion(Policy):
         self._latent_shape = (self.unet.config.in_channels, size, size)
         self.guidance = Guidance(self.encode([negative_prompt]))
 
-    def train(self, mode: bool = True) -> "StableDiffusion":
-        """Stays in evaluation mode: dropout would make replayed log-probabilities differ from sampled ones."""
-        return super().train(False)
-
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
@@ -102,19 +95,3 @@ class StableDiffusion(Policy):
     def encode_images(self, images: Images) -> Latents:
         """The mean of the VAE's posterior, scaled as the denoiser expects."""
         return autoencoder.encode(self.vae, images)
-
-    def reference(self) -> AbstractContextManager[None]:
-        """The model without its adapter."""
-        return self.adapter.off()
-
-    def merged(self) -> AbstractContextManager[None]:
-        """The adapter is added into the frozen weights where these are float32."""
-        return self.adapter.merged()
-
-    def save_adapter(self, directory: Path) -> None:
-        """`pytorch_lora_weights.safetensors`; see `Adapter.save`."""
-        self.adapter.save(directory)
-
-    def load_adapter(self, directory: Path) -> None:
-        """Reads what `save_adapter` wrote; see `Adapter.load` for what it refuses."""
-        self.adapter.load(directory)

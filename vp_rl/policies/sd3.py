@@ -1,8 +1,6 @@
 """Stable Diffusion 3 and 3.5 from a hub name or a diffusers folder, with a LoRA adapter on the transformer."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 
 import torch
 from diffusers import StableDiffusion3Pipeline
@@ -12,10 +10,9 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from vp_rl.interfaces import Policy
 from vp_rl.policies import autoencoder
 from vp_rl.policies.guidance import Guidance
-from vp_rl.policies.lora import Adapter
+from vp_rl.policies.lora import AdaptedPolicy, Adapter
 from vp_rl.policies.pipelines import Source, latent_size, load_pipeline
 from vp_rl.policies.text import tokenize
 from vp_rl.processes.flow import Flow
@@ -24,7 +21,7 @@ from vp_rl.types import Conditioning, Images, Latents
 _T5 = "text_encoder_3", "tokenizer_3"
 
 
-class StableDiffusion3(Policy):
+class StableDiffusion3(AdaptedPolicy):
     """A frozen Stable Diffusion 3 or 3.5 whose transformer (MMDiT) carries a trainable LoRA in float32.
 
     Args:
@@ -76,10 +73,6 @@ class StableDiffusion3(Policy):
         self._latent_shape = (config.in_channels, *[patches * config.patch_size] * 2)
         self._t5_tokens = t5_tokens
         self.guidance = Guidance(self.encode([negative_prompt]))
-
-    def train(self, mode: bool = True) -> "StableDiffusion3":
-        """Stays in evaluation mode: dropout would make replayed log-probabilities differ from sampled ones."""
-        return super().train(False)
 
     @property
     def device(self) -> torch.device:
@@ -139,19 +132,3 @@ class StableDiffusion3(Policy):
     def encode_images(self, images: Images) -> Latents:
         """The mean of the VAE's posterior, shifted and scaled as the denoiser expects."""
         return autoencoder.encode(self.vae, images)
-
-    def reference(self) -> AbstractContextManager[None]:
-        """The model without its adapter."""
-        return self.adapter.off()
-
-    def merged(self) -> AbstractContextManager[None]:
-        """The adapter is added into the frozen weights where these are float32."""
-        return self.adapter.merged()
-
-    def save_adapter(self, directory: Path) -> None:
-        """`pytorch_lora_weights.safetensors`; see `Adapter.save`."""
-        self.adapter.save(directory)
-
-    def load_adapter(self, directory: Path) -> None:
-        """Reads what `save_adapter` wrote; see `Adapter.load` for what it refuses."""
-        self.adapter.load(directory)

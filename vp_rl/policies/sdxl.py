@@ -1,8 +1,6 @@
 """Stable Diffusion XL from a hub name or a diffusers folder, with a LoRA adapter on the U-Net."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,17 +10,16 @@ from jaxtyping import Float
 from peft import LoraConfig
 from torch import Tensor
 
-from vp_rl.interfaces import Policy
 from vp_rl.policies import autoencoder
 from vp_rl.policies.guidance import Guidance
-from vp_rl.policies.lora import Adapter
+from vp_rl.policies.lora import AdaptedPolicy, Adapter
 from vp_rl.policies.pipelines import Source, latent_size, load_pipeline, load_vae
 from vp_rl.policies.text import tokenize
 from vp_rl.processes.ddim import DDIM
 from vp_rl.types import Conditioning, Images, Latents
 
 
-class StableDiffusionXL(Policy):
+class StableDiffusionXL(AdaptedPolicy):
     """A frozen Stable Diffusion XL (the base model) whose U-Net carries a trainable LoRA in float32.
 
     The U-Net is told, as in training, the size of the original image, what was cropped away, and the size wanted: here
@@ -81,10 +78,6 @@ class StableDiffusionXL(Policy):
             negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
         self.guidance = Guidance(negative)
 
-    def train(self, mode: bool = True) -> "StableDiffusionXL":
-        """Stays in evaluation mode: dropout would make replayed log-probabilities differ from sampled ones."""
-        return super().train(False)
-
     @property
     def device(self) -> torch.device:
         """Where the denoiser is."""
@@ -130,22 +123,6 @@ class StableDiffusionXL(Policy):
     def encode_images(self, images: Images) -> Latents:
         """The mean of the VAE's posterior, scaled as the denoiser expects."""
         return autoencoder.encode(self.vae, images)
-
-    def reference(self) -> AbstractContextManager[None]:
-        """The model without its adapter."""
-        return self.adapter.off()
-
-    def merged(self) -> AbstractContextManager[None]:
-        """The adapter is added into the frozen weights where these are float32."""
-        return self.adapter.merged()
-
-    def save_adapter(self, directory: Path) -> None:
-        """`pytorch_lora_weights.safetensors`; see `Adapter.save`."""
-        self.adapter.save(directory)
-
-    def load_adapter(self, directory: Path) -> None:
-        """Reads what `save_adapter` wrote; see `Adapter.load` for what it refuses."""
-        self.adapter.load(directory)
 
 
 def _wide_enough(vae: AutoencoderKL) -> AutoencoderKL:

@@ -7,7 +7,7 @@ christophschuhmann/improved-aesthetic-predictor. Its layers have no activations 
 from torch import Tensor
 
 from vp_rl.interfaces import Reward
-from vp_rl.rewards import clip_names
+from vp_rl.rewards import checkpoints
 from vp_rl.rewards.clip_towers import Towers, read_colours
 from vp_rl.rewards.head import Head
 from vp_rl.rewards.preprocess import Colours, preprocess
@@ -58,7 +58,7 @@ class AestheticReward(Reward):
         """
         towers = Towers.load(clip, "reward.clip", dtype)
         colours = read_colours(clip, "reward.clip", towers.size)
-        state = clip_names.read(head, file, revision, "reward.head")
+        state = checkpoints.read(head, file, revision, "reward.head", "state_dict")
         fitted = _fitted(state, towers.width, f"reward.head={head!r} does not fit reward.clip={clip!r}")
         return cls(towers, fitted, colours)
 

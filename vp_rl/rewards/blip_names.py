@@ -1,23 +1,19 @@
-"""Checkpoints of BLIP and ImageReward that others wrote: where they lie, and what our parameters are called in them.
+"""What our parameters are called in checkpoints of BLIP and ImageReward that others wrote.
 
 A checkpoint is of one of four layouts. Each lists what its towers are called and what in it the reward has no use for;
 any other name is an error.
 """
 
-import pickle
 import re
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertTokenizer
+
+from vp_rl.rewards.checkpoints import first, line
 
 
 class _Layout(NamedTuple):
@@ -80,39 +76,6 @@ _VISION = (  # Salesforce's names -> transformers'
 )
 
 
-def read(init: str, file: str, revision: str | None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, as they are called in it.
-
-    Args:
-        init: a file, a folder, or the hub name of a repository.
-        file: the checkpoint's name in a folder or repository. Safetensors, or a pickle with nothing but tensors in it
-            (`.pt`, `.pth`, `.bin`), of which a dictionary called `model` is taken if there is one.
-        revision: of a hub repository.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no checkpoint, or could run code when it is read.
-    """
-    path = _find(init, file, revision)
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"reward.init={init!r}: {path.name} holds more than tensors, so reading it could run code of whoever made "
-            f"it. Convert it to safetensors where you trust it. ({str(error).splitlines()[0]})"
-        ) from error
-    except (SafetensorError, RuntimeError, ValueError, EOFError, OSError) as error:
-        raise ValueError(f"reward.init={init!r}: {path.name} is damaged or no checkpoint: {error}") from error
-    if isinstance(state, dict) and isinstance(state.get("model"), dict):
-        state = state["model"]
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise ValueError(f"reward.init={init!r}: {path.name} is not a dictionary of tensors by name.")
-    return state
-
-
 def rename(state: dict[str, Tensor], init: str) -> dict[str, Tensor]:
     """The same tensors under VPScore's names, without what the reward has no use for.
 
@@ -123,7 +86,7 @@ def rename(state: dict[str, Tensor], init: str) -> dict[str, Tensor]:
     if layout is None:
         known = ", ".join(each.what for each in _LAYOUTS)
         hint = " VPScore.save wrote it: use reward=vp_score reward.checkpoint=FOLDER." if _any(state, "vision.") else ""
-        raise ValueError(f"reward.init={init!r} has names of none of {known}: {_first(state)}.{hint}")
+        raise ValueError(f"reward.init={init!r} has names of none of {known}: {first(sorted(state))}.{hint}")
     ours, unknown = dict[str, Tensor](), []
     for name, tensor in state.items():
         if any(name == unused or unused.endswith(".") and name.startswith(unused) for unused in layout.unused):
@@ -137,7 +100,7 @@ def rename(state: dict[str, Tensor], init: str) -> dict[str, Tensor]:
             rest = _vision(rest)
         ours[layout.parts[prefix] + rest] = tensor
     if unknown:
-        raise ValueError(f"reward.init={init!r} looks like {layout.what}, which has no {_first(unknown)}.")
+        raise ValueError(f"reward.init={init!r} looks like {layout.what}, which has no {first(sorted(unknown))}.")
     return ours
 
 
@@ -151,7 +114,7 @@ def tokenizer(path: str, words: int) -> BertTokenizer:
     try:
         read, reason = BertTokenizer.from_pretrained(path), "it has no vocabulary"
     except (OSError, ValueError, TypeError) as error:
-        read, reason = None, str(error).splitlines()[0]
+        read, reason = None, line(error)
     if read is None or len(read) <= len(read.all_special_tokens):  # what transformers 5 makes of a name it cannot find
         raise FileNotFoundError(
             f"reward.tokenizer={path!r} is neither a folder with bert-base-uncased's tokenizer nor a hub name that "
@@ -177,24 +140,6 @@ def resize_positions(positions: Float[Tensor, "1 tokens width"], side: int) -> F
     return torch.cat([first, grid.flatten(2).transpose(1, 2).to(first.dtype)], 1)
 
 
-def _find(init: str, file: str, revision: str | None) -> Path:
-    path = Path(init).expanduser()
-    if path.is_file():
-        return path
-    if path.is_dir():
-        if not (path / file).is_file():
-            there = ", ".join(sorted(each.name for each in path.iterdir())[:8]) or "nothing"
-            raise FileNotFoundError(f"reward.init={init!r} has no {file}, but {there}. Name the file by reward.file.")
-        return path / file
-    try:
-        return Path(hf_hub_download(init, file, revision=revision))
-    except (EntryNotFoundError, OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"reward.init={init!r} is neither a file, nor a folder, nor a hub name like 'owner/model' with "
-            f"reward.file={file!r} that could be fetched: {str(error).splitlines()[0]}"
-        ) from error
-
-
 def _vision(name: str) -> str:
     for pattern, replacement in _VISION:
         renamed, times = re.subn(pattern, replacement, name)
@@ -205,7 +150,3 @@ def _vision(name: str) -> str:
 
 def _any(state: dict[str, Tensor], prefix: str) -> bool:
     return any(name.startswith(prefix) for name in state)
-
-
-def _first(names: list[str] | dict[str, Tensor]) -> str:
-    return ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from vp_rl.interfaces import Reward
-from vp_rl.rewards import clip_names
+from vp_rl.rewards import checkpoints, clip_names
 from vp_rl.rewards.clip_towers import Towers, read_architecture, read_colours, read_tokenizer
 from vp_rl.rewards.preprocess import Colours, letterbox, preprocess
 from vp_rl.types import Images, Scores
@@ -110,7 +110,9 @@ class CLIPReward(Reward):
             ValueError: one of them is damaged, or they do not fit each other.
         """
         config = read_architecture(architecture, "reward.architecture")
-        state = clip_names.rename(clip_names.read(init, file, revision, "reward.init"), init, "reward.init")
+        state = clip_names.rename(
+            checkpoints.read(init, file, revision, "reward.init", "state_dict"), init, "reward.init"
+        )
         wrong = f"reward.init={init!r} does not fit reward.architecture={architecture!r} (its names of tensors)"
         towers = Towers.of(config, state, dtype, wrong)
         return cls._of(towers, (architecture, "reward.architecture", None), scale, fit)

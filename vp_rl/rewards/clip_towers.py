@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-from vp_rl.rewards.clip_names import first, line
+from vp_rl.rewards.checkpoints import first, line
 from vp_rl.rewards.preprocess import Colours
 
 _PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -25,7 +25,7 @@ from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisio
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vp_rl.interfaces import TrainableReward
-from vp_rl.rewards import blip_names, blip_sizes
+from vp_rl.rewards import blip_names, blip_sizes, checkpoints
 from vp_rl.rewards.blip_attention import fuse
 from vp_rl.rewards.head import Head, in_order
 from vp_rl.rewards.preprocess import preprocess
@@ -184,7 +184,7 @@ class VPScore(TrainableReward):
             raise ValueError(f"reward.std={std} must be above 0.")
         sizes = blip_sizes.published()
         vision, text = vision or sizes[0], text or sizes[1]
-        state = blip_names.rename(blip_names.read(init, file, revision), init)
+        state = blip_names.rename(checkpoints.read(init, file, revision, "reward.init", "model", mapped=True), init)
         with torch.device("meta"):
             words = blip_names.tokenizer(tokenizer, text.vocab_size)
             reward = cls(vision, text, words, by_aspect=by_aspect, gradient_checkpointing=gradient_checkpointing)

@@ -240,11 +240,10 @@ class _Run:
 
     def generate(self) -> None:
         """Makes the images, and looks for those that must not be rated."""
+        settings, screen = self.settings, self.settings.screen
         self._plan_images()
-        settings = self.settings
         self._take_over()
         generate(settings.generators, self.planned, self.store, settings.batch_size, settings.engine)
-        screen = settings.screen
         if screen is not None and screen.annotator is not None:
             self._screen(screen.annotator, screen.at_least)
         self._record()
