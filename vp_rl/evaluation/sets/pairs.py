@@ -8,7 +8,8 @@ import pyarrow.parquet as parquet
 
 from vp_rl.evaluation.protocols import Protocol
 from vp_rl.evaluation.sets.base import HumanSet, Judged, pair
-from vp_rl.evaluation.sets.files import Hub, Pictures, Row, fetch, require, rows, stamp
+from vp_rl.evaluation.sets.files import Hub, Row, fetch, rows, stamp
+from vp_rl.evaluation.sets.table import TableSet
 
 _AT_ONCE = 16  # rows of a table with images inside: tens of MB
 
@@ -31,51 +32,12 @@ class PairColumns(NamedTuple):
         return {self.prompt, *self.images, *optional, *(self.generators or ())}
 
 
-class FilePairs(HumanSet):
-    """A table of pairs beside a folder of images.
+class FilePairs(TableSet[PairColumns]):
+    """A row for each pair; `limit` is of pairs."""
 
-    Args:
-        title: see `HumanSet`.
-        folder: of the set; downloaded there if the table is absent.
-        table: its file in the folder: `.json`, `.jsonl` or `.parquet`.
-        columns: of the table.
-        protocols: see `HumanSet`.
-        images: the folder, in `folder`, that the images' names start from.
-        hub: where the set can be downloaded.
-        limit: only the first so many pairs.
-    """
-
-    def __init__(
-        self,
-        title: str,
-        folder: str,
-        table: str,
-        columns: PairColumns,
-        protocols: Sequence[Protocol],
-        images: str = ".",
-        hub: Hub | None = None,
-        limit: int | None = None,
-    ) -> None:
-        self.title, self.protocols = title, list(protocols)
-        self._folder, self._table, self._columns, self._hub, self._limit = Path(folder), table, columns, hub, limit
-        self._pictures = Pictures(self._folder / images)
-
-    def load(self) -> list[Judged]:
-        """See `HumanSet`."""
-        fetch(self._folder, self._table, self._hub)
-        file = self._folder / self._table
+    def _parse(self, file: Path) -> list[Judged]:
         found = rows(file, self._columns.names())[: self._limit]
-        judged = [_judged(row, self._columns, f"Pair {place} of '{file}'") for place, row in enumerate(found, start=1)]
-        require(self._pictures, {name for each in judged for name in each.images}, self.title)
-        return judged
-
-    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        """See `HumanSet`."""
-        return self._pictures.read(wanted)
-
-    def stamp(self) -> str:
-        """See `HumanSet`."""
-        return stamp(self._folder / self._table)
+        return [_judged(row, self._columns, f"Pair {place} of '{file}'") for place, row in enumerate(found, start=1)]
 
 
 class ParquetPairs(HumanSet):

@@ -1,14 +1,14 @@
 """Prompts whose images people ranked, with the images in files: ImageRewardDB, HPD v2, and what is stored like them."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from vp_rl.evaluation.protocols import Protocol
-from vp_rl.evaluation.sets.base import HumanSet, Judged, shares_of
-from vp_rl.evaluation.sets.files import Hub, Pictures, Row, fetch, require, rows, stamp
+from vp_rl.evaluation.sets.base import Judged, shares_of
+from vp_rl.evaluation.sets.files import Row, rows
+from vp_rl.evaluation.sets.table import TableSet
 
 
 class RankingColumns(NamedTuple):
@@ -33,45 +33,10 @@ class RankingColumns(NamedTuple):
         return {name for name in single if name is not None} | set(self.aspects.values())
 
 
-class Rankings(HumanSet):
-    """A table of rankings beside a folder of images.
+class Rankings(TableSet[RankingColumns]):
+    """A row, or a group of rows, for each prompt with its images; `limit` is of prompts."""
 
-    Args:
-        title: see `HumanSet`.
-        folder: of the set; downloaded there if the table is absent.
-        table: its file in the folder: `.json`, `.jsonl` or `.parquet`.
-        columns: of the table.
-        protocols: see `HumanSet`.
-        images: the folder, in `folder`, that the images' names start from.
-        hub: where the set can be downloaded.
-        limit: only the first so many prompts.
-    """
-
-    def __init__(
-        self,
-        title: str,
-        folder: str,
-        table: str,
-        columns: RankingColumns,
-        protocols: Sequence[Protocol],
-        images: str = ".",
-        hub: Hub | None = None,
-        limit: int | None = None,
-    ) -> None:
-        self.title, self.protocols = title, list(protocols)
-        self._folder, self._table, self._columns, self._hub, self._limit = Path(folder), table, columns, hub, limit
-        self._pictures = Pictures(self._folder / images)
-
-    def load(self) -> list[Judged]:
-        """See `HumanSet`."""
-        judged = self.judgements()
-        require(self._pictures, {name for each in judged for name in each.images}, self.title)
-        return judged
-
-    def judgements(self) -> list[Judged]:
-        """What `load` gives, whether the images are there or not."""
-        fetch(self._folder, self._table, self._hub)
-        file = self._folder / self._table
+    def _parse(self, file: Path) -> list[Judged]:
         found = rows(file, self._columns.names())
         if self._columns.group is not None:
             found = _grouped(found, self._columns)
@@ -82,14 +47,6 @@ class Rankings(HumanSet):
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"Prompt {place} of '{file}' has no ranking of its images: {error}") from error
         return judged
-
-    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
-        """See `HumanSet`."""
-        return self._pictures.read(wanted)
-
-    def stamp(self) -> str:
-        """See `HumanSet`."""
-        return stamp(self._folder / self._table)
 
 
 def _grouped(found: list[Row], columns: RankingColumns) -> list[Row]:

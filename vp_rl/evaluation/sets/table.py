@@ -1,0 +1,65 @@
+"""What sets that are a table beside a folder of images have in common."""
+
+from abc import abstractmethod
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from vp_rl.evaluation.protocols import Protocol
+from vp_rl.evaluation.sets.base import HumanSet, Judged
+from vp_rl.evaluation.sets.files import Hub, Pictures, fetch, require, stamp
+
+Columns = TypeVar("Columns")
+
+
+class TableSet(HumanSet, Generic[Columns]):
+    """A table of judgements beside a folder of images.
+
+    Args:
+        title: see `HumanSet`.
+        folder: of the set; downloaded there if the table is absent.
+        table: its file in the folder: `.json`, `.jsonl` or `.parquet`.
+        columns: of the table.
+        protocols: see `HumanSet`.
+        images: the folder, in `folder`, that the images' names start from.
+        hub: where the set can be downloaded.
+        limit: only the first so many judgements.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        folder: str,
+        table: str,
+        columns: Columns,
+        protocols: Sequence[Protocol],
+        images: str = ".",
+        hub: Hub | None = None,
+        limit: int | None = None,
+    ) -> None:
+        self.title, self.protocols = title, list(protocols)
+        self._folder, self._table, self._columns, self._hub, self._limit = Path(folder), table, columns, hub, limit
+        self._pictures = Pictures(self._folder / images)
+
+    def load(self) -> list[Judged]:
+        """See `HumanSet`."""
+        judged = self.judgements()
+        require(self._pictures, {name for each in judged for name in each.images}, self.title)
+        return judged
+
+    def judgements(self) -> list[Judged]:
+        """What `load` gives, whether the images are there or not."""
+        fetch(self._folder, self._table, self._hub)
+        return self._parse(self._folder / self._table)
+
+    @abstractmethod
+    def _parse(self, file: Path) -> list[Judged]:
+        """The judgements in the table."""
+
+    def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
+        """See `HumanSet`."""
+        return self._pictures.read(wanted)
+
+    def stamp(self) -> str:
+        """See `HumanSet`."""
+        return stamp(self._folder / self._table)
