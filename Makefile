@@ -1,7 +1,7 @@
 # A bare machine needs python3.11 (or a newer python3), gcc, make and git. `make` alone lists the targets.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo visionprefer test test-all lint bench setup clean
+.PHONY: help demo visionprefer paper test test-all lint bench docs setup clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -20,6 +20,9 @@ demo: $(STAMP) ## fine-tune the embedded Stable Diffusion against VP-Score by DD
 visionprefer: $(STAMP) ## build VisionPrefer in the embedded world: 500 prompts x 4 images, rated, with a dataset card
 	$(BIN)/python scripts/build_visionprefer.py prompts.train=400 prompts.validation=50 prompts.test=50
 
+paper: $(STAMP) ## the paper's claims in the embedded world: 70 jobs, some two hours, one page; stop it and start it again
+	$(BIN)/python scripts/paper.py
+
 test: $(STAMP) ## the default test suite: CPU, offline
 	$(BIN)/python -m pytest
 
@@ -34,6 +37,11 @@ lint: $(STAMP) ## ruff, pyright and the import contracts
 
 bench: $(STAMP) ## every scripts/bench_*.py, one after the other; leave the machine idle
 	@set -e; for script in $(BENCHES); do echo "== $$script"; $(BIN)/python $$script; done
+
+docs: $(STAMP) ## the pages of docs/ as a site in build/docs, for any browser
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "open build/docs/index.html"
 
 setup: $(STAMP) ## the environment alone, and the git hooks
 	$(BIN)/pre-commit install

@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vp_rl.callbacks.checkpoint_files import differences, newest, order, read
+from vp_rl.planning.geometry import automatic, is_wanted
 
 log = logging.getLogger("vp_rl")
 
@@ -33,42 +34,83 @@ log = logging.getLogger("vp_rl")
 def main(config: DictConfig) -> float | None:
     """One run; its result is what a sweep maximises."""
     try:
-        return run(config)
+        return _as_job(config) if _is_job() and not config.dry_run else run(config)
     except InstantiationException as error:
         _stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError) else error)
     except (ValueError, OSError, OmegaConfBaseException) as error:
         _stop(error)
 
 
+def _as_job(config: DictConfig) -> float | None:
+    """A job of a sweep: what was done before is not done again, what was interrupted goes on."""
+    from vp_rl.evaluation.job import Job
+
+    chosen = HydraConfig.get()
+    with Job(Path(chosen.runtime.output_dir), list(chosen.overrides.task)) as job:
+        if not job.finished:
+            job.finish(run(config))
+        return job.objective
+
+
 def run(config: DictConfig) -> float | None:
     """Builds the objects of a config and trains.
 
     Returns:
-        The held-out judge's mean rating gain for a policy, or the test accuracy of a reward model.
+        The held-out judge's mean rating gain for a policy, or the test accuracy of a reward model; None of a dry run.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
+    planned = _planned(config)
+    if config.dry_run:
+        return None
     data = instantiate(config.data)
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    checkpoint = _checkpoint(config.resume, folder, settings)
-    algorithm = instantiate(config.algorithm)
+    checkpoint = _checkpoint(config.resume or ("auto" if _is_job() else None), folder, settings)
+    algorithm = planned or instantiate(config.algorithm)
     trainer: lightning.Trainer = instantiate(
         config.trainer, callbacks=_present(config.callbacks), logger=_present(config.logger)
     )
     from vp_rl.callbacks.checkpoint import RunCheckpoints  # `--help` and mistyped settings need not wait for it
+    from vp_rl.callbacks.trackers import tracked
 
     if isinstance(trainer.checkpoint_callback, RunCheckpoints):
         trainer.checkpoint_callback.settings = settings
-    for logger in trainer.loggers:
-        logger.log_hyperparams(settings)
-    trainer.fit(algorithm, data, ckpt_path=checkpoint, weights_only=True)
-    if config.test:
-        trainer.test(algorithm, data, verbose=False)
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    with tracked(trainer, settings):
+        trainer.fit(algorithm, data, ckpt_path=checkpoint, weights_only=True)
+        if config.test:
+            trainer.test(algorithm, data, verbose=False)
+    if _is_job():
         from vp_rl.evaluation.sweep import write_table
 
         write_table(folder.parent)
     return _objective(trainer, config.objective)
+
+
+def _planned(config: DictConfig) -> lightning.LightningModule | None:
+    """Fills in what a geometry and `auto` leave to be worked out, and shows it in a dry run.
+
+    Returns:
+        The algorithm, which had to be built for that; None: there was nothing to be done.
+    """
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    if not is_wanted(settings):
+        return None
+    from vp_rl.planning.plan import Planner
+    from vp_rl.planning.shown import show
+
+    for name in automatic(settings):
+        OmegaConf.update(config, name, 1)
+    algorithm = instantiate(config.algorithm)
+    trainer = instantiate(config.trainer, logger=False, enable_checkpointing=False)
+    stated = {given.partition("=")[0].lstrip("+") for given in HydraConfig.get().overrides.task}
+    planner = Planner(settings, algorithm, trainer, instantiate(config.algorithm.optimizer), stated)
+    for name, value in planner.filled.items():
+        OmegaConf.update(config, name, value)
+        if name.startswith("algorithm."):
+            setattr(algorithm, name.partition(".")[2], value)
+    if config.dry_run:
+        show(planner)
+    return algorithm
 
 
 def _present(nodes: DictConfig) -> list[Any]:
@@ -143,6 +185,11 @@ def _beside(folder: Path, settings: dict[str, Any]) -> tuple[Path, dict[str, Any
     return None
 
 
+def _is_job() -> bool:
+    """Whether this is one run of a sweep."""
+    return HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def _is_named_by_hydra() -> bool:
     chosen = HydraConfig.get()
     return chosen.mode == RunMode.RUN and not any("hydra.run.dir=" in given for given in chosen.overrides.hydra)
@@ -154,8 +201,11 @@ def _objective(trainer: lightning.Trainer, name: str) -> float | None:
 
 
 def _stop(error: BaseException) -> None:
-    """One message for what the user can put right; HYDRA_FULL_ERROR=1 shows where it came from."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    """One message for what the user can put right; HYDRA_FULL_ERROR=1 shows where it came from.
+
+    A sweep goes on with its other jobs, and ends with the message of the first that failed.
+    """
+    if os.environ.get("HYDRA_FULL_ERROR") == "1" or _is_job():
         raise error
     sys.exit(f"error: {error}")
 

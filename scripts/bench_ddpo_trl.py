@@ -68,7 +68,8 @@ def build(settings: dict[str, Any]) -> Any:
 
     Args:
         settings: `pipeline` (folder), `reward` ("redness", or a VP-Score's folder), `prompts`, `images_per_prompt`,
-            `threads`, `seed`, and `config`: what differs from DDPOConfig's defaults.
+            `threads`, `seed`, `cpu` (true unless given), `mixed_precision` (none unless given), and `config`: what
+            differs from DDPOConfig's defaults.
     """
     from accelerate import PartialState
     from trl import DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
@@ -80,9 +81,11 @@ def build(settings: dict[str, Any]) -> Any:
     transformers = importlib.import_module("transformers")
     transformers.CLIPTokenizer = transformers.CLIPTokenizerFast
     transformers.BertTokenizer = transformers.BertTokenizerFast
-    PartialState(cpu=True)  # before the pipeline, whose missing LoRA file is logged through accelerate
+    # Before the pipeline, whose missing LoRA file is logged through accelerate.
+    PartialState(cpu=settings.get("cpu", True))
     pipeline = DefaultDDPOStableDiffusionPipeline(settings["pipeline"], pretrained_model_revision=None, use_lora=True)
-    config = DDPOConfig(mixed_precision="no", save_freq=10**9, seed=settings["seed"], **settings["config"])
+    precision = settings.get("mixed_precision", "no")
+    config = DDPOConfig(mixed_precision=precision, save_freq=10**9, seed=settings["seed"], **settings["config"])
     prompts = repeated(settings["prompts"], settings["images_per_prompt"])
     trainer = DDPOTrainer(config, load_reward(settings["reward"]), lambda: (next(prompts), {}), pipeline)
     pipeline.set_progress_bar_config(disable=True)

@@ -1,7 +1,7 @@
 """VP-Score at full size against the published code's loop over images, on the same random weights.
 
     python scripts/bench_reward.py                    images a second, the two taking turns; their scores are compared
-    python scripts/bench_reward.py --memory           peak memory of one training step, with and without checkpointing
+    python scripts/bench_reward.py --training         images a second and peak memory, with and without checkpointing
 
 ImageReward scores one image at a time: PIL resizes it, the vision tower looks at it, the prompt is padded to 35 tokens
 and read before it. Here that loop runs on transformers' BLIP, which computes what the published modules compute, step
@@ -109,18 +109,18 @@ def main() -> None:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--turns", type=int, default=3, help="of each side in each case")
+    parser.add_argument("--turns", type=int, default=3, help="of each side in each case, or updates")
     parser.add_argument("--batch", type=int, default=8, help="images that ours scores at once")
     parser.add_argument("--size", type=int, default=512, help="of the images, in pixels")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of our towers")
-    parser.add_argument("--memory", action="store_true", help="measure training's memory instead")
+    parser.add_argument("--training", action="store_true", help="measure training instead")
     parser.add_argument("--step", choices=["plain", "checkpointed"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
     if args.step:
-        train_step(args.step == "checkpointed")
-    elif args.memory:
+        train(args.step == "checkpointed", args.turns)
+    elif args.training:
         for way in ("plain", "checkpointed"):  # a process each, as peaks are of a process
             subprocess.run([sys.executable, __file__, "--step", way, "--threads", str(args.threads)], check=True)
     else:
@@ -162,22 +162,25 @@ def speed(turns: int, batch: int, size: int, dtype: torch.dtype) -> None:
             )
 
 
-def train_step(checkpointed: bool, pairs: int = 2) -> None:
-    """One step of the published recipe (70% frozen, Adam) on random images; prints the process's peak memory."""
+def train(checkpointed: bool, updates: int, pairs: int = 2) -> None:
+    """Updates by the published recipe (70% frozen, Adam) on random images; prints their rate and the peak memory."""
     reward = random_reward(checkpointed)
     reward.freeze(0.7)
     reward.train()
     optimizer = torch.optim.Adam([p for p in reward.parameters() if p.requires_grad], 1e-5)
     images, prompts = torch.rand(2 * pairs, 3, 224, 224), ["word1 word2 word3"] * 2 * pairs
-    before, started = peak(), time.perf_counter()
-    better, worse = reward(images, prompts).chunk(2)
-    ranking_loss(better, worse).backward()
-    seconds, after = time.perf_counter() - started, peak()
-    optimizer.step()
+    before, started = peak(), Taken(time.perf_counter(), time.process_time())
+    for _ in range(updates):
+        better, worse = reward(images, prompts).chunk(2)
+        optimizer.zero_grad()
+        ranking_loss(better, worse).backward()
+        optimizer.step()
+    clock, processor = time.perf_counter() - started.clock, time.process_time() - started.processor
+    seen = updates * len(images)
     way = "with gradient checkpointing" if checkpointed else "without"
     print(
-        f"{way}: {pairs} pairs of images, forward and backward {seconds:.1f} s; peak {after:.2f} GiB, of which weights "
-        f"{before:.2f}; {peak():.2f} with Adam's state",
+        f"{way}: {updates} updates on {pairs} pairs of images, {seen / clock:.3f} images/s by the clock, "
+        f"{seen / processor:.3f} by the processor; peak {peak():.2f} GiB, of which weights {before:.2f}",
         flush=True,
     )
 

@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vp_rl.data.sets.rankings import RankingColumns, Rankings
 from vp_rl.evaluation.protocols import pooled
 from vp_rl.evaluation.scoring import Scorer, score_set
-from vp_rl.evaluation.sets.rankings import RankingColumns, Rankings
 from vp_rl.interfaces import Reward
 from vp_rl.rewards.vp_score import VPScore
 from vp_rl.types import Images, Scores

@@ -1,8 +1,12 @@
-"""How good a reward is: how often it agrees with people. Stop it whenever you like and start it again.
+"""How good a reward is: how often it agrees with people; and how good an adapter is: against its base model.
+
+Stop it whenever you like and start it again.
 
 python scripts/evaluate.py accuracy reward=vp_score data=visionprefer
 python scripts/evaluate.py accuracy reward=[vp_score,image_reward] data=[image_reward_db,hpd_v2,pick_a_pic]
+python scripts/evaluate.py images adapter=outputs/ddpo_vpscore/DATE
 python scripts/evaluate.py accuracy --help
+python scripts/evaluate.py images --help
 """
 
 import gc
@@ -23,14 +27,14 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vp_rl.data.sets.base import HumanSet, Judged
 from vp_rl.evaluation.accuracy_report import console, write
 from vp_rl.evaluation.human_accuracy import Result, measure
 from vp_rl.evaluation.scoring import Scorer, fingerprint, score_set
-from vp_rl.evaluation.sets.base import HumanSet, Judged
 
 log = logging.getLogger("vp_rl")
 
-COMMANDS = ("accuracy",)
+COMMANDS = ("accuracy", "images")
 _LISTS = {"reward": ("reward", "rewards", "vp_score"), "data": ("human", "data", "visionprefer")}
 _COMMAND = shlex.join(["python", "scripts/evaluate.py", *sys.argv[1:]])
 
@@ -68,8 +72,10 @@ def evaluate(config: DictConfig) -> list[Result]:
         log.info("%s", name)
         scorer = Scorer(reward, config.batch_size, config.device, config.threads)
         own = f"{name}-{fingerprint(_settings(config.rewards[name]), reward=reward)}"
+        scores = Path(config.folder) / "scores" / own
+        scorer.settle(*next(iter(sets.values())), scores / "statistics.json")
         for key, (human, judged) in sets.items():
-            kept = Path(config.folder) / "scores" / own / f"{key}-{fingerprint(key, human.stamp())}"
+            kept = scores / f"{key}-{fingerprint(key, human.stamp())}"
             results.append(measure(name, human, judged, score_set(scorer, human, judged, kept)))
         del reward, scorer
         gc.collect()
@@ -123,11 +129,14 @@ def main() -> None:
             f"error: {command!r} is nothing that can be evaluated: choose from {', '.join(COMMANDS)}, as in "
             "`python scripts/evaluate.py accuracy reward=vp_score data=visionprefer`."
         )
+    from evaluate_images import expand as expand_images  # it lies beside this file
+    from evaluate_images import images
+
     try:
-        sys.argv[1:] = expand(sys.argv[2:])
+        sys.argv[1:] = (expand if command == "accuracy" else expand_images)(sys.argv[2:])
     except ValueError as error:
         stop(error)
-    accuracy()
+    (accuracy if command == "accuracy" else images)()
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
     python scripts/make_tiny.py vae sd            # the tiny Stable Diffusion, a real diffusers pipeline folder
     python scripts/make_tiny.py blip              # the BLIP towers that the tiny VP-Score starts from
+    python scripts/make_tiny.py clip              # a CLIP, as a weaker reward
     python train.py experiment=vpscore            # VisionPrefer from tiny SD's images, and VP-Score trained on it
     python scripts/make_tiny.py vp_score --trained outputs/vpscore/DATE_TIME/vp_score     # in half precision
 
-Every stage uses the train split of the grammar only. On two CPU cores: 10, 30 and 20 minutes.
+Every stage uses the train split of the grammar only. On two CPU cores: 10, 30, 20 and 10 minutes.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel
 from make_tiny_blip import train_blip
+from make_tiny_clip import train_clip
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -34,7 +36,7 @@ _NONE = len(RELATIONS)  # the class of prompts that name no relation
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="+", choices=["vae", "sd", "blip", "vp_score"])
+    parser.add_argument("stages", nargs="+", choices=["vae", "sd", "blip", "clip", "vp_score"])
     parser.add_argument("--out", type=Path, default=Path("vp_rl/scenes/weights"))
     parser.add_argument("--vae-steps", type=int, default=3000)
     parser.add_argument("--sd-steps", type=int, default=6000)
@@ -51,6 +53,10 @@ def main() -> None:
         train_sd(load_vae(args.out), args.sd_steps, args.seed, args.out / "sd", args.start)
     if "blip" in args.stages:
         train_blip(args.out / "blip", load_vae(args.out), args.seed)
+    if "clip" in args.stages:
+        train_clip(
+            args.out / "clip", CLIPTokenizer.from_pretrained(args.out / "sd" / "tokenizer"), MAX_TOKENS, args.seed
+        )
     if "vp_score" in args.stages:
         VPScore.load(str(args.trained)).save(args.out / "vp_score", torch.float16)
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from vp_rl.evaluation.accuracy import Accuracy, accuracy, as_markdown, pairwise_accuracy, share
-from vp_rl.evaluation.protocols import POOLED, Outcome
+from vp_rl.data.sets.base import Outcome
+from vp_rl.evaluation.accuracy import Accuracy, accuracy, as_markdown, pairwise_accuracy, preferred, share
+from vp_rl.evaluation.protocols import POOLED
 from vp_rl.types import ASPECTS
 
 PROMPTS = ["a", "a", "a", "b", "b"]
@@ -38,6 +39,21 @@ def test_the_ratings_themselves_are_always_right() -> None:
 @pytest.mark.parametrize("tie", [0.0, 0.5])
 def test_equal_predictions_earn_what_a_tie_is_worth(tie: float) -> None:
     assert set(shares(every_aspect([7] * 5), tie).values()) == {tie}
+
+
+def test_the_mean_is_judged_by_the_score_and_each_aspect_by_its_own_prediction() -> None:
+    predictions, score = -RATINGS.astype(float), RATINGS.sum(1).astype(float)
+    found = pairwise_accuracy(predictions, RATINGS, PROMPTS, score=score)
+    assert {rule: each.share for rule, each in found.items()} == {"mean": 1.0} | dict.fromkeys(
+        ("pooled", *ASPECTS), 0.0
+    )
+
+
+def test_given_pairs_have_the_share_and_the_interval_of_their_prompts() -> None:
+    right = np.arange(100) % 2 == 0
+    found = preferred(right, [f"{number // 4}" for number in range(100)])
+    earned = np.array([right[4 * number : 4 * number + 4].sum() for number in range(25)], float)
+    assert found == share(earned, np.full(25, 4.0)) == Accuracy(0.5, 0.5, 0.5, 100)
 
 
 def test_only_the_order_of_predictions_matters() -> None:

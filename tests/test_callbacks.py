@@ -23,6 +23,7 @@ from vp_rl.algorithms.refl import ReFL
 from vp_rl.callbacks.held_out import HeldOutEvaluation
 from vp_rl.callbacks.progress import Progress
 from vp_rl.data.prompts import PromptDataModule
+from vp_rl.evaluation.images import Evaluator
 
 pytestmark = [
     # Lightning 2.6 with torch 2.13
@@ -89,11 +90,13 @@ def test_a_run_leaves_everything_that_a_user_takes_away(tmp_path: Path) -> None:
 def test_the_grid_has_the_base_above_the_trained_images(tmp_path: Path) -> None:
     module = algorithm()
     fit(tmp_path, [held_out(every=3)], module=module)
-    assert {path.name for path in (tmp_path / "samples").iterdir()} == {"epoch_0003.png", "epoch_0004.png"}
+    assert {path.name for path in (tmp_path / "samples").glob("*.png")} == {"epoch_0003.png", "epoch_0004.png"}
     grid = np.asarray(Image.open(tmp_path / "samples" / "epoch_0004.png"))
     tool = evaluator(seeds=(0, 1))
-    np.testing.assert_array_equal(grid[:16, :16], tool.evaluate(Bright(), Brightness()).images[0])
-    np.testing.assert_array_equal(grid[-16:, -16:], tool.evaluate(module.policy, Brightness()).images[8])
+    watched = tool.watched[:5]
+    np.testing.assert_array_equal(grid[:16, :16], tool.evaluate(Bright(), Brightness(), watched).images[0])
+    np.testing.assert_array_equal(grid[-16:, -16:], tool.evaluate(module.policy, Brightness(), watched).images[8])
+    assert json.loads((tmp_path / "samples" / "prompts.json").read_text()) == watched
     assert grid.shape[1] == 5 * 16 + 4 * 2  # of each prompt the first seed's
 
 
@@ -102,7 +105,8 @@ def test_held_out_curves_start_at_the_base_and_end_with_the_run(tmp_path: Path) 
     rows = metrics(tmp_path)
     curve = [(int(row["epoch"]) + 1, float(row["held_out/reward"])) for row in rows if row["held_out/reward"]]
     assert [epoch for epoch, _ in curve] == [0, 3, 4]
-    base = evaluator(seeds=(0, 1)).evaluate(Bright(), Brightness(), number=5).means()
+    tool = evaluator(seeds=(0, 1))
+    base = tool.evaluate(Bright(), Brightness(), tool.watched[:5]).means()
     assert curve[0][1] == pytest.approx(base["reward"], abs=1e-6)
     assert curve[0][1] < curve[1][1] < curve[2][1]
     assert float(next(row["final/reward"] for row in rows if row["final/reward"])) > 0
@@ -142,11 +146,10 @@ def test_checkpoints_can_be_kept_by_the_held_out_judge(tmp_path: Path) -> None:
     assert (tmp_path / "checkpoints" / "best.ckpt").is_file()
 
 
-def test_only_the_main_process_evaluates_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_main_process_judges_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lightning.Trainer, "is_global_zero", False)
-    callback = held_out(every=1)
-    monkeypatch.setattr(callback, "_evaluate", lambda *_: pytest.fail("another process evaluates"))
-    fit(tmp_path, [callback])
+    monkeypatch.setattr(Evaluator, "judge", lambda *_: pytest.fail("another process judges"))
+    fit(tmp_path, [held_out(every=1, best="reward")])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,3 +246,20 @@ def test_an_error_closes_the_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match="not finite"):
         fit(tmp_path, [Progress({})], module=module)
     assert terminal.getvalue().endswith("\n")
+
+
+def test_a_judge_that_cannot_be_asked_shows_before_any_image_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = held_out()
+    monkeypatch.setattr(callback._evaluator.annotator, "check", fail("No API key"), raising=False)
+    monkeypatch.setattr(Evaluator, "make", lambda *_, **__: pytest.fail("an image was made"))
+    with pytest.raises(ValueError, match="No API key"):
+        fit(tmp_path, [callback])
+
+
+def fail(message: str):  # noqa: ANN201
+    def check() -> None:
+        raise ValueError(message)
+
+    return check

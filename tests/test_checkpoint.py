@@ -252,6 +252,41 @@ def test_what_is_learned_must_stay_and_is_named_with_both_values(name: str) -> N
     assert fixed[0].startswith(f"{name}=7, was ")
 
 
+DEALT = SETTINGS | {
+    "algorithm": SETTINGS["algorithm"] | {"train_batch": 8},
+    "data": {"batch_size": 8, "devices_per_prompt": 1, "images_per_batch": 16, "batches_per_epoch": 10},
+    "trainer": SETTINGS["trainer"] | {"num_nodes": 1, "accumulate_grad_batches": 1},
+    "geometry": {"images_per_update": None, "updates": 1},
+}
+
+
+def dealt(base: dict[str, Any] = DEALT, **now: Any) -> list[str]:
+    """The names of what must not change, of a run on other devices."""
+    other = {group: dict(settings) if isinstance(settings, dict) else settings for group, settings in base.items()}
+    for name, value in now.items():
+        group, _, key = name.partition("__")
+        other[group][key] = value
+    return [line.partition("=")[0] for line in differences(base, other)[0]]
+
+
+def test_what_devices_do_may_change_with_their_number_if_all_together_do_the_same() -> None:
+    halves = {"data__batch_size": 4, "data__images_per_batch": 8, "algorithm__train_batch": 4}
+    assert dealt(**halves, trainer__devices=2) == []
+    assert dealt(**halves, trainer__num_nodes=2) == []
+    assert dealt(algorithm__train_batch=4, trainer__accumulate_grad_batches=2) == []
+    assert dealt(**halves) == ["algorithm.train_batch", "data.batch_size", "data.images_per_batch"]
+    assert dealt(data__batch_size=4, trainer__devices=2) == ["data.batch_size"]  # other updates
+    assert dealt(data__batch_size=4, trainer__devices="auto") == ["data.batch_size"]
+    assert dealt(data__devices_per_prompt=2) == ["data.devices_per_prompt"]
+
+
+def test_a_run_whose_geometry_is_stated_may_be_dealt_out_otherwise() -> None:
+    stated = DEALT | {"geometry": {"images_per_update": 128, "updates": 1}}
+    now = {"data__batch_size": 4, "algorithm__train_batch": 3, "trainer__devices": "auto"}
+    assert dealt(stated, **now) == []
+    assert "data.batch_size" in dealt(stated, **now, geometry__updates=2)
+
+
 def test_a_setting_that_is_interpolated_into_others_is_named_once_where_it_is_set() -> None:
     now = changed("policy.lora.r", 4)
     now["algorithm"] = now["algorithm"] | {"policy": {"lora": {"r": 4}}}

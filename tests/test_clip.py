@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import random
+import re
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,8 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from vp_rl.rewards.clip import CLIPReward
 from vp_rl.rewards.preprocess import Colours, letterbox, preprocess
+from vp_rl.scenes.grammar import COLORS, scenes
+from vp_rl.scenes.render import render
 
 PROMPTS = ["a red circle", "two blue squares", "", "Red, RED: red! " * 20]
 SIZES = [(32, 32), (64, 70), (40, 56), (100, 51), (17, 90)]  # 64 x 70 leaves 3 columns to crop, an odd number
@@ -486,3 +490,15 @@ def test_another_tokenizer_is_told(folder: Path, tmp_path: Path) -> None:
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=rf"of {END + 2} words; the model reads {model.config.text_config.vocab_size}"):
         CLIPReward.load(str(tmp_path))
+
+
+def test_the_embedded_clip_prefers_prompts_of_the_true_colours() -> None:
+    reward = CLIPReward.load("tiny-clip")
+    drawn, rng = scenes("test", 60), random.Random(0)
+    pixels = np.stack([render(scene, rng) for scene in drawn])
+    images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255
+    prompts = [scene.prompt for scene in drawn]
+    own = reward(images, prompts)
+    other = reward(images, [re.sub("|".join(COLORS), "cyan", prompt) for prompt in prompts])
+    altered = [row for row, prompt in enumerate(prompts) if "cyan" not in prompt]
+    assert (own > other)[altered].float().mean() > 0.9

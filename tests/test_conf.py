@@ -86,7 +86,11 @@ def test_every_experiment_composes_and_its_keys_are_parameters(experiment: str) 
 def test_every_option_of_every_group_composes_and_its_keys_are_parameters(option: str) -> None:
     group, name = option.split("=")
     builders = {"builder", "engine", "generators", "polish"}
-    places = {"generators": "generators@builder.generators", "human": "human@data.it"}
+    places = {
+        "generators": "generators@builder.generators",
+        "human": "human@data.it",
+        "optimizer": "optimizer@algorithm.optimizer",
+    }
     place = places.get(group, group)
     root = "build" if group in builders else "evaluate" if group == "human" else "train"
     # Without an experiment: it has settings of its own algorithm, which do not bind to another's.

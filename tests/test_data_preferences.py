@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import pickle
 import random
 from functools import partial
@@ -383,3 +384,18 @@ def test_what_worker_processes_need_can_be_sent_to_them(tmp_path: Path) -> None:
     prompts, collate = pickle.loads(pickle.dumps((loader.dataset, loader.collate_fn)))
     sent, here = ([each[place] for place in range(3)] for each in (prompts, loader.dataset))
     assert torch.equal(collate(sent).images, loader.collate_fn(here).images)
+
+
+def test_a_share_is_the_first_of_the_training_prompts_and_leaves_the_others_whole(tmp_path: Path) -> None:
+    folder = dataset(tmp_path, random_ratings(21))
+    whole, half = (module(folder, share=share) for share in (1.0, 0.5))
+    rated = [data.train_dataloader().dataset for data in (whole, half)]
+    every, some = ([each[i].prompt for i in range(len(each))] for each in rated)
+    assert some == every[: math.ceil(len(every) / 2)]
+    assert len(half.val_dataloader()) == len(whole.val_dataloader())
+
+
+@pytest.mark.parametrize("share", [0.0, 1.5])
+def test_an_impossible_share_is_refused(tmp_path: Path, share: float) -> None:
+    with pytest.raises(ValueError, match="data.share"):
+        module(tmp_path, share=share)

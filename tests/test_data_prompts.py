@@ -156,6 +156,24 @@ def test_devices_with_a_share_of_the_batch_see_together_what_one_sees(devices: i
     assert not set.intersection(*shares)
 
 
+def test_prompts_know_their_places_among_those_of_all_devices() -> None:
+    alone = served(PromptDataModule(Words(20), 6), 3)
+    for rank in range(3):
+        for batch, whole in zip(served(PromptDataModule(Words(20), 2), 3, rank, 3), alone, strict=True):
+            assert batch.places is not None
+            assert batch.prompts == [whole.prompts[place] for place in batch.places]
+            assert batch.share == (0, 1)
+
+
+def test_devices_that_share_prompts_have_the_same_ones_and_other_images_of_them() -> None:
+    alone = served(PromptDataModule(Words(20), 2), 3)
+    batches = [served(PromptDataModule(Words(20), 1, devices_per_prompt=3), 3, rank, 6) for rank in range(6)]
+    for number, whole in enumerate(alone):
+        together = [device[number] for device in batches]
+        assert [batch.prompts for batch in together] == [[prompt] for prompt in whole.prompts] * 3
+        assert [batch.share for batch in together] == [(first, 3) for first in range(3) for _ in range(2)]
+
+
 def test_a_stream_is_read_from_anywhere() -> None:
     forward = Stream(10, 4, "0/prompts", 0, 1)
     batches = [forward.batch(position) for position in range(30)]

@@ -15,13 +15,13 @@ from PIL import Image
 from test_human_sets import CONF, human, packed, pick_a_pic, vision_prefer
 
 from scripts.evaluate import evaluate, expand
+from vp_rl.data.sets.base import HumanSet, Judged, shares_of
 from vp_rl.evaluation import calibration, protocols
 from vp_rl.evaluation.accuracy import pairwise_accuracy
 from vp_rl.evaluation.accuracy_report import console, write
 from vp_rl.evaluation.human_accuracy import ALL_ASPECTS, measure
 from vp_rl.evaluation.published import HPD_V2, IMAGE_REWARD, PICK_A_PIC, published
 from vp_rl.evaluation.scoring import Scores
-from vp_rl.evaluation.sets.base import HumanSet, Judged, shares_of
 from vp_rl.types import ASPECTS
 
 ROOT = CONF.parent

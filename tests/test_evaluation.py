@@ -147,7 +147,8 @@ def test_images_do_not_depend_on_the_batch_size(batch_size: int) -> None:
 
 def test_an_image_depends_on_its_prompts_place_and_its_seed_alone() -> None:
     whole = evaluator(seeds=(3, 0)).evaluate(Bright(), Brightness())
-    fewer = evaluator(seeds=(0,)).evaluate(Bright(), Brightness(), number=4)
+    tool = evaluator(seeds=(0,))
+    fewer = tool.evaluate(Bright(), Brightness(), tool.prompts[:4])
     np.testing.assert_array_equal(fewer.images, whole.images[1:8:2])
     assert fewer.prompts == whole.prompts[1:8:2]
     assert whole.seeds[:4] == [3, 0, 3, 0]

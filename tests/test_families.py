@@ -2,8 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Callable
-from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,67 +12,30 @@ import torch
 from diffusers import DDIMScheduler
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers
 from fakes import fit
-from hydra.utils import get_object, instantiate
-from omegaconf import DictConfig, OmegaConf
-from torch import nn
+from families import (
+    CASES,
+    FAMILIES,
+    PROMPTS,
+    YAMLS,
+    Redness,
+    adapter,
+    denoiser,
+    folder,
+    gradients,
+    make,
+    perturb,
+    predict,
+    read_yaml,
+)
+from hydra.utils import get_object
 
 from vp_rl.algorithms.ddpo import DDPO
-from vp_rl.interfaces import Policy, Reward
+from vp_rl.interfaces import Policy
 from vp_rl.sampler import Sampler, log_prob_of
 from vp_rl.scenes import tiny
-from vp_rl.types import Images, Scores, take
+from vp_rl.types import take
 
-POLICIES = Path(__file__).parents[1] / "conf" / "policy"
-YAMLS = sorted(POLICIES.glob("*.yaml"))
-CASES = [*(file.stem for file in YAMLS), "sd3_without_t5", "flux_schnell"]
-FAMILIES = ["sd15", "sdxl", "sd3", "flux"]
 GUIDED = ["sd15", "sdxl", "sd3"]  # by a negative prompt
-PROMPTS = ["a red circle", "two blue squares"]
-TIMESTEP = torch.tensor([500.0, 20.0])
-Make = Callable[..., Any]
-
-
-class Redness(Reward):
-    """Red over the other channels: a reward with a gradient."""
-
-    differentiable = True
-
-    def forward(self, images: Images, prompts: list[str]) -> Scores:
-        return (images[:, 0] - images[:, 1:].mean(1)).mean((1, 2))
-
-
-@pytest.fixture(scope="session")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path | str]:
-    """Where the model of a case lies; made when it is first asked for."""
-    home = tmp_path_factory.mktemp("pipelines")
-    return lambda case: "tiny-sd" if case == "tiny_sd" else tiny_pipelines.save(case, home)
-
-
-@pytest.fixture(scope="session")
-def make(folder: Callable[[str], Path | str]) -> Make:
-    """The policy of a case's yaml on its tiny model, with other settings where given; a copy of one loaded once."""
-    loaded: dict[str, Policy] = {}
-
-    def made(case: str, **settings: Any) -> Any:
-        key = f"{case} {settings}"
-        if key not in loaded:
-            node = read_yaml(case)
-            overrides: dict[str, Any] = {"path": str(folder(case))}
-            if case != "tiny_sd":
-                overrides |= {"variant": None, "resolution": 16, "dtype": "float32"}
-            if "t5_tokens" in node:
-                overrides["t5_tokens"] = 24
-            loaded[key] = instantiate(node, **(overrides | settings))
-        return deepcopy(loaded[key])
-
-    return made
-
-
-def read_yaml(case: str) -> DictConfig:
-    file = POLICIES / f"{case}.yaml"
-    node = OmegaConf.load(file if file.exists() else POLICIES / f"{case.partition('_')[0]}.yaml")
-    assert isinstance(node, DictConfig)
-    return node
 
 
 @pytest.fixture(params=CASES)
@@ -82,14 +44,8 @@ def case(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def policy(case: str, make: Make) -> Any:
+def policy(case: str) -> Any:
     return make(case)
-
-
-@pytest.fixture
-def theirs(case: str, folder: Callable[[str], Path | str]) -> Any:
-    """Diffusers' own pipeline."""
-    return untouched(folder(case))
 
 
 def untouched(source: Path | str) -> Any:
@@ -118,31 +74,16 @@ def generators() -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in (5, 6)]
 
 
-def denoiser(policy: Any) -> nn.Module:
-    return policy.unet if hasattr(policy, "unet") else policy.transformer
+def scale(case: str) -> float:
+    """Guidance of comparisons; schnell has none."""
+    return 1.0 if case == "flux_schnell" else 4.0
 
 
-def adapter(policy: Policy) -> dict[str, torch.Tensor]:
-    return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
-
-
-def perturb(policy: Policy) -> None:
-    """An adapter that is far from the identity that it begins as, and the same one every time."""
-    generator = torch.Generator().manual_seed(2)
-    for parameter in adapter(policy).values():
-        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
-
-
-def predict(policy: Policy, prompts: list[str] = PROMPTS, guidance: float = 1.0) -> torch.Tensor:
-    latents = policy.noise(len(prompts), torch.Generator().manual_seed(3))
-    return policy.predict(latents, TIMESTEP[: len(prompts)], policy.encode(prompts), guidance)
-
-
-def gradients(policy: Policy) -> dict[str, torch.Tensor]:
-    """Of the adapter, by a loss on one prediction."""
-    policy.zero_grad()
-    predict(policy).square().mean().backward()
-    return {name: parameter.grad for name, parameter in adapter(policy).items() if parameter.grad is not None}
+@cache
+def base_images(case: str) -> torch.Tensor:
+    """The model's on disk."""
+    with torch.no_grad():
+        return their_images(untouched(folder(case)), case, scale(case))
 
 
 # --- its yaml
@@ -150,8 +91,7 @@ def gradients(policy: Policy) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("file", YAMLS, ids=lambda file: file.stem)
 def test_the_keys_of_every_yaml_are_its_policys_parameters(file: Path) -> None:
-    node = OmegaConf.load(file)
-    assert isinstance(node, DictConfig)
+    node = read_yaml(file.stem)
     target = get_object(node._target_)
     assert issubclass(target, Policy)
     inspect.signature(target).bind(**{str(key): node[key] for key in node if key != "_target_"})
@@ -166,21 +106,18 @@ def test_every_yaml_has_a_model_that_tests_can_load(file: Path) -> None:
 
 
 @torch.no_grad()
-def test_images_are_those_of_diffusers_pipeline(policy: Any, theirs: Any, case: str) -> None:
-    guidance = 1.0 if case == "flux_schnell" else 4.0
-    images = their_images(theirs, case, guidance)
+def test_images_are_those_of_diffusers_pipeline(policy: Any, case: str) -> None:
+    images = base_images(case)
     assert (images[0] - images[1]).abs().mean() > 0.01
     # Each step rounds to 1e-7 of numbers up to 15 (the first divides by the signal's share, 0.07); guidance times 7.
-    torch.testing.assert_close(our_images(policy, guidance), images, rtol=0, atol=1e-4)
+    torch.testing.assert_close(our_images(policy, scale(case)), images, rtol=0, atol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("negative", ["", "a green star"])
 @pytest.mark.parametrize("case", GUIDED, indirect=True)
-def test_guidance_points_away_from_the_negative_prompt_as_in_diffusers(
-    case: str, negative: str, make: Make, theirs: Any
-) -> None:
-    images = their_images(theirs, case, negative_prompt=[negative] * 2)
+def test_guidance_points_away_from_the_negative_prompt_as_in_diffusers(case: str, negative: str) -> None:
+    images = their_images(untouched(folder(case)), case, negative_prompt=[negative] * 2)
     torch.testing.assert_close(our_images(make(case, negative_prompt=negative)), images, rtol=0, atol=1e-4)
 
 
@@ -263,13 +200,12 @@ def test_a_fresh_adapter_changes_nothing(policy: Policy) -> None:
 
 
 @torch.no_grad()
-def test_the_reference_is_the_model_on_disk_whatever_the_adapter(policy: Policy, theirs: Any, case: str) -> None:
-    guidance = 1.0 if case == "flux_schnell" else 4.0
-    images = their_images(theirs, case, guidance)
+def test_the_reference_is_the_model_on_disk_whatever_the_adapter(policy: Policy, case: str) -> None:
+    images = base_images(case)
     perturb(policy)
     with policy.reference():
-        torch.testing.assert_close(our_images(policy, guidance), images, rtol=0, atol=1e-4)
-    assert (our_images(policy, guidance) - images).abs().max() > 0.01
+        torch.testing.assert_close(our_images(policy, scale(case)), images, rtol=0, atol=1e-4)
+    assert (our_images(policy, scale(case)) - images).abs().max() > 0.01
 
 
 def test_the_adapter_is_back_on_after_the_reference(policy: Policy) -> None:
@@ -315,19 +251,19 @@ def test_gradients_flow_through_what_was_computed_before_the_reference(policy: P
 
 
 @torch.no_grad()
-def test_diffusers_makes_the_same_images_from_a_saved_adapter(
-    policy: Policy, theirs: Any, case: str, tmp_path: Path
-) -> None:
-    guidance = 1.0 if case == "flux_schnell" else 4.0
+def test_diffusers_makes_the_same_images_from_a_saved_adapter(policy: Policy, case: str, tmp_path: Path) -> None:
+    theirs = untouched(folder(case))
     perturb(policy)
     policy.save_adapter(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
     theirs.load_lora_weights(tmp_path)
-    torch.testing.assert_close(our_images(policy, guidance), their_images(theirs, case, guidance), rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        our_images(policy, scale(case)), their_images(theirs, case, scale(case)), rtol=0, atol=1e-4
+    )
 
 
 @torch.no_grad()
-def test_an_adapter_is_loaded_as_it_was_saved(policy: Policy, case: str, make: Make, tmp_path: Path) -> None:
+def test_an_adapter_is_loaded_as_it_was_saved(policy: Policy, case: str, tmp_path: Path) -> None:
     second = make(case)
     perturb(policy)
     policy.save_adapter(tmp_path)
@@ -373,7 +309,7 @@ def test_a_rewards_gradient_reaches_the_whole_adapter_and_nothing_else(policy: A
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_ddpo_trains_every_family_from_a_ratio_of_one(case: str, make: Make) -> None:
+def test_ddpo_trains_every_family_from_a_ratio_of_one(case: str) -> None:
     policy = make(case)
     before = {name: tensor.clone() for name, tensor in adapter(policy).items()}
     sampler = Sampler(steps=3, guidance=1.0, eta=0.7)
@@ -391,7 +327,7 @@ def test_ddpo_trains_every_family_from_a_ratio_of_one(case: str, make: Make) -> 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("case", FAMILIES)
-def test_half_precision_is_of_the_frozen_weights_only(case: str, dtype: str, make: Make) -> None:
+def test_half_precision_is_of_the_frozen_weights_only(case: str, dtype: str) -> None:
     policy, full = make(case, dtype=dtype), make(case)
     assert {parameter.dtype for parameter in adapter(policy).values()} == {torch.float32}
     half = getattr(torch, dtype)
@@ -410,7 +346,7 @@ def test_half_precision_is_of_the_frozen_weights_only(case: str, dtype: str, mak
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_gradient_checkpointing_computes_twice_and_gives_the_same_gradients(case: str, make: Make) -> None:
+def test_gradient_checkpointing_computes_twice_and_gives_the_same_gradients(case: str) -> None:
     found, calls = [], []
     for checkpointing in (False, True):
         policy = make(case, gradient_checkpointing=checkpointing)
@@ -430,12 +366,12 @@ def test_gradient_checkpointing_computes_twice_and_gives_the_same_gradients(case
 
 
 @pytest.mark.parametrize(
-    ("case", "tokens"), [("sdxl", 20), ("sd3", 24), ("sd3_without_t5", 20), ("flux", 24), ("flux_schnell", 24)]
+    ("case", "tokens"),
+    [("sd15", 20), ("sdxl", 20), ("sd3", 24), ("sd3_without_t5", 20), ("flux", 24), ("flux_schnell", 24)],
 )
-def test_a_long_prompt_is_cut_with_one_warning(
-    case: str, tokens: int, make: Make, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_long_prompt_is_cut_with_one_warning(case: str, tokens: int, caplog: pytest.LogCaptureFixture) -> None:
     policy = make(case)
+    caplog.clear()  # of what saving the tiny pipeline says
     fits = {20: "a red circle " * 6, 24: "a red circle and some"}[tokens]
     with caplog.at_level(logging.WARNING):
         policy.encode([fits])
@@ -453,9 +389,7 @@ def test_a_long_prompt_is_cut_with_one_warning(
 
 @pytest.mark.parametrize("case", FAMILIES)
 @pytest.mark.parametrize("other", ["sdxl", "flux"])
-def test_a_pipeline_of_another_family_is_named(
-    case: str, other: str, make: Make, folder: Callable[[str], Path | str]
-) -> None:
+def test_a_pipeline_of_another_family_is_named(case: str, other: str) -> None:
     if case == other:
         return
     name = {"sdxl": "StableDiffusionXLPipeline", "flux": "FluxPipeline"}[other]
@@ -465,7 +399,7 @@ def test_a_pipeline_of_another_family_is_named(
 
 @pytest.mark.parametrize("case", FAMILIES)
 @pytest.mark.parametrize("other", ["sd15", "sd3"])
-def test_an_adapter_of_another_family_is_refused(case: str, other: str, make: Make, tmp_path: Path) -> None:
+def test_an_adapter_of_another_family_is_refused(case: str, other: str, tmp_path: Path) -> None:
     if case == other:
         return
     make(other).save_adapter(tmp_path)
@@ -488,7 +422,7 @@ def test_an_adapter_of_another_family_is_refused(case: str, other: str, make: Ma
     ],
 )
 def test_an_adapter_of_other_settings_is_refused(
-    case: str, settings: dict[str, Any], said: str, make: Make, tmp_path: Path
+    case: str, settings: dict[str, Any], said: str, tmp_path: Path
 ) -> None:
     make(case, lora=settings).save_adapter(tmp_path)
     with pytest.raises(ValueError, match=said):
@@ -507,12 +441,12 @@ def test_an_adapter_of_other_settings_is_refused(
         ({"path": "nowhere"}, r"policy\.path='nowhere' is neither"),
     ],
 )
-def test_a_setting_that_cannot_be_is_told(case: str, settings: dict[str, Any], said: str, make: Make) -> None:
+def test_a_setting_that_cannot_be_is_told(case: str, settings: dict[str, Any], said: str) -> None:
     with pytest.raises(Exception, match=said):
         make(case, **settings)
 
 
-def test_a_resolution_beyond_the_positions_of_stable_diffusion_3_is_told(make: Make) -> None:
+def test_a_resolution_beyond_the_positions_of_stable_diffusion_3_is_told() -> None:
     with pytest.raises(Exception, match=r"policy\.resolution=64 is more than .* reach: 32"):
         make("sd3", resolution=64)
 
@@ -521,7 +455,7 @@ def test_a_resolution_beyond_the_positions_of_stable_diffusion_3_is_told(make: M
 
 
 @torch.no_grad()
-def test_the_embedded_t5_can_be_left_out(make: Make) -> None:
+def test_the_embedded_t5_can_be_left_out() -> None:
     """Zeros in its place, as diffusers has it for a pipeline without one."""
     policy = make("sd3", t5=False)
     assert policy.text_encoder_3 is None
@@ -532,7 +466,7 @@ def test_the_embedded_t5_can_be_left_out(make: Make) -> None:
 
 
 @torch.no_grad()
-def test_sdxl_is_told_the_resolution_as_its_sizes(make: Make, folder: Callable[[str], Path | str]) -> None:
+def test_sdxl_is_told_the_resolution_as_its_sizes() -> None:
     """Another resolution is another micro-conditioning: diffusers' own images again."""
     images = untouched(folder("sdxl"))(
         PROMPTS,
@@ -548,7 +482,7 @@ def test_sdxl_is_told_the_resolution_as_its_sizes(make: Make, folder: Callable[[
 
 
 @torch.no_grad()
-def test_sdxl_takes_another_vae_that_stays_in_half_precision(make: Make, tmp_path: Path) -> None:
+def test_sdxl_takes_another_vae_that_stays_in_half_precision(tmp_path: Path) -> None:
     tiny_pipelines.vae(scaling_factor=2.0, force_upcast=False).save_pretrained(tmp_path)
     policy = make("sdxl", vae=str(tmp_path), dtype="float16")
     assert policy.vae.dtype == torch.float16
@@ -557,7 +491,7 @@ def test_sdxl_takes_another_vae_that_stays_in_half_precision(make: Make, tmp_pat
         make("sdxl", vae=str(tmp_path / "nowhere"))
 
 
-def test_flux_schnell_warns_once_that_it_has_no_guidance(make: Make, caplog: pytest.LogCaptureFixture) -> None:
+def test_flux_schnell_warns_once_that_it_has_no_guidance(caplog: pytest.LogCaptureFixture) -> None:
     policy = make("flux_schnell")
     with caplog.at_level(logging.WARNING):
         predict(policy)

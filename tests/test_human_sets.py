@@ -16,11 +16,10 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from PIL import Image
 
+from vp_rl.data.sets import files
+from vp_rl.data.sets.base import HumanSet, Judged, Scored
+from vp_rl.data.sets.rankings import RankingColumns, Rankings
 from vp_rl.evaluation import protocols
-from vp_rl.evaluation.protocols import Scored
-from vp_rl.evaluation.sets import files
-from vp_rl.evaluation.sets.base import HumanSet, Judged
-from vp_rl.evaluation.sets.rankings import RankingColumns, Rankings
 from vp_rl.types import ASPECTS
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -365,3 +364,24 @@ def test_a_set_has_a_stamp_that_changes_with_its_files(tmp_path: Path, name: str
         folder = tmp_path / place / ("set" if name == "visionprefer" else "")
         stamps += [human(name, folder).stamp(), human(name, folder).stamp()]
     assert stamps[0] == stamps[1] != stamps[2]
+
+
+def test_a_stamp_changes_when_an_image_is_replaced_under_the_same_table(tmp_path: Path) -> None:
+    packed(tmp_path, HPD_V2)
+    (tmp_path / "test").mkdir()
+    for name in HPD_V2[0]["image_path"]:
+        (tmp_path / "test" / name).write_bytes(image(0))
+    it = human("hpd_v2", tmp_path)
+    before = it.stamp()
+    assert it.stamp() == before
+    (tmp_path / "test" / "2.jpg").write_bytes(image(1))
+    assert it.stamp() != before
+    (tmp_path / "test" / "unknown.jpg").write_bytes(image(1))
+    assert it.stamp() == human("hpd_v2", tmp_path).stamp()
+    (tmp_path / "db").mkdir()
+    image_reward_db(tmp_path / "db")
+    it = human("image_reward_db", tmp_path / "db")
+    before = it.stamp()
+    with zipfile.ZipFile(tmp_path / "db" / "images" / "test" / "test_1.zip", "a") as archive:
+        archive.writestr("more", "more")
+    assert it.stamp() != before

@@ -160,3 +160,16 @@ def test_settings_that_make_no_sense_are_refused(settings: dict, message: str) -
         pairs(dict.fromkeys(ASPECTS, [1, 2]), **settings)
     with pytest.raises(ValueError, match=message):
         all_pairs(np.ones((1, 2, 4), np.int64), **settings)
+
+
+def test_several_aspects_are_pooled_in_their_own_order_however_they_are_named() -> None:
+    ratings = {aspect: [2, 1 + place, 3] for place, aspect in enumerate(ASPECTS)}
+    wanted = [pair for aspect in ("aesthetic", "harmlessness") for pair in pairs(ratings, aspect)]
+    assert pairs(ratings, "harmlessness+aesthetic") == pairs(ratings, "aesthetic+harmlessness") == wanted
+    assert pairs(ratings, "+".join(ASPECTS)) == pairs(ratings)
+
+
+@pytest.mark.parametrize("rule", ["", "aesthetic+", "aesthetic+beauty", "aesthetic+aesthetic", "pooled+mean"])
+def test_a_rule_names_each_aspect_once(rule: str) -> None:
+    with pytest.raises(ValueError, match="data.aspects="):
+        pairs(dict.fromkeys(ASPECTS, [1, 2]), rule)

@@ -5,8 +5,9 @@ from itertools import combinations
 import numpy as np
 import pytest
 
+from vp_rl.data.sets.base import Outcome, Protocol, Scored
 from vp_rl.evaluation import protocols
-from vp_rl.evaluation.protocols import INVERSIONS, POOLED, PROMPTS, TIES, Outcome, Scored
+from vp_rl.evaluation.protocols import INVERSIONS, POOLED, PROMPTS, TIES
 
 # Two people rank the images of three prompts. A: they agree on every pair but that of images 1 and 2, which one orders
 # this way and the other that way, so that it is a tie by the averaged rank. B: unanimous. C: all tied by both.
@@ -98,7 +99,7 @@ def random_case(seed: int) -> list[Scored]:
 
 
 @pytest.mark.parametrize("protocol", RANKS_ONLY)
-def test_peoples_own_order_is_always_right_and_its_reverse_never(protocol: protocols.Protocol) -> None:
+def test_peoples_own_order_is_always_right_and_its_reverse_never(protocol: Protocol) -> None:
     case = random_case(0)
     assert value(protocol([each._replace(scores=-each.ranks) for each in case])) == 1
     untied = [each._replace(ranks=np.arange(len(each.ranks), dtype=float)) for each in case]
@@ -106,7 +107,7 @@ def test_peoples_own_order_is_always_right_and_its_reverse_never(protocol: proto
 
 
 @pytest.mark.parametrize("protocol", RANKS_ONLY)
-def test_only_the_order_of_scores_and_not_that_of_images_matters(protocol: protocols.Protocol) -> None:
+def test_only_the_order_of_scores_and_not_that_of_images_matters(protocol: Protocol) -> None:
     case, rng = random_case(1), np.random.default_rng(2)
     expected = value(protocol(case))
     assert value(protocol([each._replace(scores=np.exp(3 * each.scores)) for each in case])) == pytest.approx(expected)
@@ -148,3 +149,14 @@ def test_a_prompt_with_one_image_counts_for_nothing() -> None:
     alone = [Scored("alone", np.array([1.0]), np.array([0.5]))]
     for protocol in RANKS_ONLY:
         assert protocol(alone).possible.tolist() == [0]
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_gap_as_wide_as_the_threshold_is_a_tie_and_a_wider_one_is_not(sign: float) -> None:
+    tied = Scored("p", np.array([1.0, 1.0]), np.array([sign, 0.0]))
+    untied = tied._replace(ranks=np.array([1.0, 2.0]) if sign > 0 else np.array([2.0, 1.0]))
+    gap = float(np.tanh(0.5))
+    below = float(np.nextafter(gap, 0))
+    assert [protocols.credit(tied, threshold) for threshold in (gap, below)] == [1.0, 0.5]
+    assert [protocols.credit(untied, threshold) for threshold in (gap, below)] == [0.5, 1.0]
+    assert protocols.credit(untied._replace(ranks=untied.ranks[::-1]), below) == 0.0

@@ -1,8 +1,11 @@
-"""The report is self-contained, honest and safe to pass on; a sweep's table survives unfinished runs."""
+"""The report is self-contained, honest and safe to pass on."""
 
+import base64
 import csv
-import json
+import dataclasses
+import hashlib
 import re
+import socket
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -11,12 +14,19 @@ import pytest
 from test_evaluation import SAMPLER, Bright, Brightness, Given, evaluator, made_up, shifted
 
 from vp_rl.evaluation import report as report_module
-from vp_rl.evaluation.compare import compare
+from vp_rl.evaluation.compare import Change, compare
 from vp_rl.evaluation.images import Evaluation
 from vp_rl.evaluation.report import write_report
-from vp_rl.evaluation.sweep import write_table
+from vp_rl.evaluation.settings import override, public
+from vp_rl.evaluation.signs import Sign
+from vp_rl.evaluation.verdict import number, verdicts
 
 CONFIG = """
+folders: [/mnt/someone/a b/c, ~/someone/d, 'C:\\Users\\someone\\e']
+by_another_name: sk-or-v1-0123456789abcdef
+remote:
+  host: gpu7.internal.example
+  plain: from-the-environment
 policy:
   path: /home/someone/models/my-sd
   hub_token: hf_verysecret
@@ -68,8 +78,8 @@ def curves(folder: Path, name: str, epochs: range, value: float) -> None:
 
 def cards(text: str, title: str) -> list[str]:
     """The prompts below a heading."""
-    section = text.split(f"<h2>{title}</h2>")[1].split("<h2>")[0]
-    return re.findall(r'<p class="prompt"[^>]*>(.*?)</p>', section)
+    section = re.split("<h[23]", re.split(f"<h[23][^>]*>{title}</h[23]>", text)[1])[0]
+    return re.findall(r'<p class="prompt">(.*?)</p>', section)
 
 
 def test_a_report_asks_the_network_for_nothing(tmp_path: Path) -> None:
@@ -79,33 +89,39 @@ def test_a_report_asks_the_network_for_nothing(tmp_path: Path) -> None:
     text = write(folder, tool.evaluate(Bright(), Brightness()), tool.evaluate(shifted(0.5), Brightness()))
     page = Page(text)
     assert "svg" in page.tags
-    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    assert not {"iframe", "object", "base"} & set(page.tags)
+    assert page.tags.count("script") == 1
     loaded = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "srcset", "data")]
     assert loaded
-    assert all(value.startswith(("data:image/", "#")) for value in loaded)
+    assert all(value.startswith(("data:image/", "data:,", "#")) for value in loaded)
     assert "@import" not in text
     assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?([^)]*)", text))
-    assert ("content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in page.attributes
+    script = text.split("<script>")[1].split("</script>")[0]
+    named = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{named}'"
+    assert ("content", policy) in page.attributes, "no other script can run"
 
 
 def test_a_prompt_cannot_put_anything_into_the_page(tmp_path: Path) -> None:
     evil = "</pre><script>alert(1)</script> '\"><img src=x onerror=alert(2)>"
     tool = evaluator(Given(evil, "fine"))
     base = tool.evaluate(Bright(), Brightness())
-    page = Page(write(run_folder(tmp_path), base, tool.evaluate(shifted(1.0), Brightness()), note="<script>"))
-    assert "script" not in page.tags
+    tuned, word = tool.evaluate(shifted(1.0), Brightness()), "<script>alert(3)</script>"
+    given = {"note": word, "signs": [Sign(word, 1, "warning")], "categories": {word: compare(base, tuned)}}
+    page = Page(write(run_folder(tmp_path), base, tuned, **given))
+    assert page.tags.count("script") == 1, "the page's own"
     assert not any(name == "onerror" for name, _ in page.attributes)
     assert any(evil in words for words in page.words)
 
 
 def test_images_of_full_size_stay_below_ten_megabytes(tmp_path: Path) -> None:
-    base, tuned = made_up(np.random.default_rng(0).normal(size=(64, 1)))
-    noise = np.random.default_rng(0).integers(0, 256, (1, 1024, 1024, 3), dtype=np.uint8)
-    large = [
-        Evaluation(side.prompts, side.seeds, noise.repeat(64, 0), side.scores, ratings, side.rationales)
-        for side, ratings in ((base, base.ratings), (tuned, tuned.ratings + np.tile([[1], [-1]], (32, 4))))
-    ]
-    assert len(write(run_folder(tmp_path), *large)) < 10e6
+    base, tuned = made_up(np.random.default_rng(0).normal(size=(40, 1)))
+    tuned.ratings[::2] += 1
+    tuned.ratings[1::2] -= 1
+    noise = np.random.default_rng(0).integers(0, 256, (1, 768, 768, 3), dtype=np.uint8).repeat(40, 0)
+    large = (dataclasses.replace(side, images=noise) for side in (base, tuned))
+    report = write_report(run_folder(tmp_path), *large, compare(base, tuned), sampler=SAMPLER, seconds=90.0)
+    assert 2e6 < report.stat().st_size < 10e6, "noise, which no format makes small"
 
 
 def test_failures_are_shown_beside_successes(tmp_path: Path) -> None:
@@ -119,7 +135,7 @@ def test_failures_are_shown_beside_successes(tmp_path: Path) -> None:
     assert cards(text, "Largest losses by the judge") == ["prompt 7"]
 
 
-def test_the_headline_says_what_the_intervals_say(tmp_path: Path) -> None:
+def test_the_summary_says_what_the_intervals_say(tmp_path: Path) -> None:
     folder = run_folder(tmp_path)
     rose, fell, same = np.full((20, 1), 0.5), np.full((20, 1), -0.5), np.zeros((20, 1))
     words = {name: " ".join(Page(write(folder, *made_up(value))).words) for name, value in
@@ -131,17 +147,97 @@ def test_the_headline_says_what_the_intervals_say(tmp_path: Path) -> None:
     assert "reward hacking" not in words["fell"] + words["same"]
 
 
-def test_settings_are_shown_without_secrets_hosts_and_folders(tmp_path: Path) -> None:
+def change(low: float, high: float) -> Change:
+    return Change(base=3.0, tuned=3.0 + (low + high) / 2, difference=(low + high) / 2, low=low, high=high,
+                  win=0.4, tie=0.3, loss=0.3)  # fmt: skip
+
+
+UP, DOWN, EVEN = change(0.1, 0.3), change(-0.3, -0.1), change(-0.1, 0.2)
+
+
+def answers(*signs: Sign, **changes: Change) -> list[str]:
+    known = {"reward": EVEN, "fidelity": EVEN, "mean_rating": EVEN, "correct": EVEN}
+    return [verdict.answer for verdict in verdicts(known | changes, 20, signs)]
+
+
+def test_a_run_that_only_moved_within_its_intervals_is_not_said_to_have_improved() -> None:
+    assert answers() == ["Not clearly", "Not clearly", "No sign of it"]
+    assert answers(mean_rating=UP, reward=UP) == ["Yes", "Not clearly", "No sign of it"]
+    assert answers(mean_rating=DOWN) == ["No, it got worse", "Yes", "No sign of it"]
+    assert answers(mean_rating=UP, fidelity=DOWN)[1] == "Yes"
+    assert answers(reward=UP)[2] == answers(reward=UP, mean_rating=DOWN)[2] == "Possibly"
+    assert answers(Sign("Alike.", 3, "warning"), mean_rating=UP)[2] == "There are signs of it"
+    assert answers(Sign("Alike.", 3, "note"), mean_rating=UP)[2] == "No sign of it"
+
+
+def test_other_rewards_and_categories_that_fell_are_named_and_looks_are_not() -> None:
+    changes = {"reward": UP, "mean_rating": UP, "correct": UP, "panel/PickScore": DOWN, "look/colour": DOWN}
+    said = verdicts(changes, 20, categories={"counting": {"mean_rating": DOWN}, "colours": {"mean_rating": UP}})[1]
+    assert "The reward PickScore fell by 0.20 [−0.30, −0.10]" in said.sentence
+    assert "“counting” fell by" in said.sentence
+    assert "olour" not in said.sentence
+
+
+def test_numbers_have_the_digits_that_their_intervals_have() -> None:
+    small = dataclasses.replace(EVEN, low=-0.00312, high=0.00123, difference=-0.001)
+    assert number(0.21341, small, "panel/PickScore") == "0.2134"
+    assert number(-0.001, small, "reward", signed=True) == "−0.0010"
+    assert number(0.21345, small, "mean_rating") == "0.21"
+    assert number(-0.00001, small, "mean_rating", signed=True) == "0.00", "no minus before nothing"
+    assert number(0.345, small, "correct") == "34%"
+
+
+def test_everything_that_is_known_of_a_run_is_in_its_report(tmp_path: Path) -> None:
+    base, tuned = made_up(np.ones((6, 1)))
+    base, tuned = (dataclasses.replace(side, panel={"PickScore": np.full(6, 0.25 + place)})
+                   for place, side in enumerate((base, tuned)))  # fmt: skip
+    found = compare(base, tuned)
+    given = {
+        "signs": [Sign("Images look alike.", 7, "warning")],
+        "categories": {"counting": found},
+    }
+    parts = {"training": 3600.0, "base images": 1900.0}
+    path = write_report(run_folder(tmp_path), base, tuned, found, sampler=SAMPLER, seconds=parts, **given)
+    words = re.sub(r"\s+", " ", " ".join(Page(path.read_text(encoding="utf-8")).words))
+    for shown in ("PickScore", "epoch 7", "Images look alike.", "counting", "seed 0",
+                  "training 60.0 minutes", "base images 31.7 minutes", "1.5 hours", "torch"):  # fmt: skip
+        assert shown in words, shown
+
+
+def test_settings_are_shown_without_secrets_hosts_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    monkeypatch.setenv("MY_JUDGE_KEY", "from-the-environment")
     folder = run_folder(tmp_path)
     (folder / ".hydra" / "config.yaml").write_text(CONFIG)
     (folder / ".hydra" / "overrides.yaml").write_text(
         "- experiment=x\n- prompts.path=/home/someone/p.txt\n- k.api_key=sk-1\n"
     )
     words = " ".join(Page(write(folder, *made_up(np.ones((3, 1))))).words)
-    for hidden in ("someone", "secret", "judge.internal", "user:pw", "sk-1", str(tmp_path)):
-        assert hidden not in words
+    hidden = ("someone", "secret", "internal", "user:pw", "sk-1", "sk-or", "from-the-environment", str(tmp_path))
+    for each in (*hidden, socket.gethostname()):
+        assert each not in words
     for shown in ("my-sd", "max_tokens: 300", "prompts.path=…/p.txt", "${hydra:runtime.output_dir}", "1.5 minutes"):
         assert shown in words
+
+
+@pytest.mark.parametrize(
+    ("given", "seen"),
+    [
+        ("trainer.num_nodes=2", "trainer.num_nodes=2"),
+        ("annotator.max_tokens=300", "annotator.max_tokens=300"),
+        ("policy.path=org/model", "policy.path=org/model"),
+        ("policy.path=/data/my models/sd", "policy.path=…/sd"),
+        ("policy.path=../someone/sd", "policy.path=…/sd"),
+        ("x.address=10.0.0.7:6379", "x.address=(host)"),
+        ("x.hub_token=abc", "x.hub_token=(hidden)"),
+        ("x.files=[/a/b/c.txt,/d]", "x.files=[…/c.txt,…/d]"),
+        ("~callbacks.progress", "~callbacks.progress"),
+        ("logger.save_dir=${oc.env:HOME}/x", "logger.save_dir=${oc.env:HOME}/x"),
+    ],
+)
+def test_an_override_keeps_what_repeats_the_run_and_nothing_else(given: str, seen: str) -> None:
+    assert override(given) == seen
+    assert public(override(given)) == seen, "nothing is left to hide"
 
 
 def test_curves_of_an_interrupted_run_go_on_after_it(tmp_path: Path) -> None:
@@ -183,39 +279,20 @@ def test_the_lines_of_the_report_make_its_first_image_again(tmp_path: Path, monk
     assert np.abs(difference).max() <= 1, "rounding to 8 bits"
 
 
-def finished(folder: Path, number: str, override: str, gain: float) -> None:
-    (folder / number / ".hydra").mkdir(parents=True)
-    (folder / number / ".hydra" / "overrides.yaml").write_text(f"- {override}\n- ~callbacks.progress\n")
-    change = {"base": 1.0, "tuned": 1.0 + gain, "difference": gain, "low": gain - 0.1, "high": gain + 0.1}
-    summary = {"held_out": {"reward": change, "mean_rating": change}, "training_seconds": 12.5}
-    (folder / number / "summary.json").write_text(json.dumps(summary))
-
-
-def test_a_sweep_leaves_one_table_unfinished_runs_included(tmp_path: Path) -> None:
-    for number in range(11):
-        finished(tmp_path, str(number), f"optimizer.lr={number}", number / 10)
-    (tmp_path / "3" / "summary.json").unlink()
-    (tmp_path / "4" / "summary.json").write_text('{"held_out": {"rew')
-    rows = write_table(tmp_path)
-    assert [row["run"] for row in rows] == [str(number) for number in range(11)]
-    with (tmp_path / "results.csv").open(newline="") as file:
-        read = list(csv.DictReader(file))
-    assert (read[2]["optimizer.lr"], read[2]["mean_rating"], read[2]["mean_rating.low"]) == ("2", "1.2", "0.1")
-    assert read[3]["mean_rating"] == read[4]["mean_rating"] == ""
-    table = (tmp_path / "results.md").read_text().splitlines()
-    assert len(table) == 13
-    assert "1.200 (+0.200 [+0.100, +0.300])" in table[4]
-    assert {path.name for path in tmp_path.glob("results*")} == {"results.csv", "results.md"}
-
-
-def test_a_sweep_of_reward_models_has_their_accuracies(tmp_path: Path) -> None:
-    (tmp_path / "0").mkdir()
-    (tmp_path / "0" / "summary.json").write_text(json.dumps({"accuracy": {"VP-Score": {"mean": {"share": 0.8125}}}}))
-    assert write_table(tmp_path) == [{"run": "0", "accuracy of VP-Score": "0.8125"}]
-
-
 def test_the_first_cards_are_of_as_many_prompts_and_not_of_one_prompts_seeds(tmp_path: Path) -> None:
     base, tuned = (evaluator(seeds=(0, 1, 2)).evaluate(shifted(by), Brightness()) for by in (0.0, 0.3))
     assert base.of_first_seed().tolist() == [0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 30, 33]
     first = report_module._galleries(base, tuned)["first"]
     assert [card["prompt"] for card in first] == [f"test prompt {number}" for number in range(12)]
+
+
+def test_the_lines_for_a_flow_model_leave_its_own_scheduler_and_say_what_it_was_loaded_with() -> None:
+    policy = {"_target_": "vp_rl.policies.flux.Flux", "path": "org/flux", "dtype": "bfloat16", "variant": None,
+              "revision": "abc", "t5_tokens": 512, "resolution": 1024}  # fmt: skip
+    code = report_module._code(policy, SAMPLER, "a cat", 3)
+    compile(code, "report", "exec")
+    assert "DDIM" not in code
+    assert "eta" not in code
+    assert "from_pretrained('org/flux', revision='abc', dtype=torch.bfloat16)" in code
+    assert "max_sequence_length=512" in code
+    assert "manual_seed(3000009)" in code

@@ -176,6 +176,52 @@ def test_the_best_weights_are_kept_also_by_a_resumed_run(tmp_path: Path) -> None
         torch.testing.assert_close(resumed.reward.state_dict()[name], tensor, rtol=0, atol=0)
 
 
+class Validations(lightning.Callback):
+    """Counts them, and makes the accuracy rise at the given ones only."""
+
+    def __init__(self, better: set[int], checkpoint: Path | None = None) -> None:
+        self.seen, self._better, self._checkpoint = 0, better, checkpoint
+
+    def setup(self, trainer: lightning.Trainer, module: RewardModel, stage: str) -> None:
+        def step(batch: PreferenceBatch, batch_idx: int) -> None:
+            module.log("val/accuracy", 0.5 + 0.01 * (trainer.current_epoch in self._better), batch_size=1)
+
+        module.validation_step = step
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, module: RewardModel) -> None:
+        self.seen += not trainer.sanity_checking
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: RewardModel) -> None:
+        if self._checkpoint and trainer.current_epoch == 2:
+            trainer.save_checkpoint(self._checkpoint)
+
+
+@pytest.mark.parametrize(("patience", "epochs"), [(None, 7), (1, 2), (3, 5)])
+def test_training_ends_when_it_has_not_become_better_for_so_long(
+    tmp_path: Path, patience: int | None, epochs: int
+) -> None:
+    counter = Validations({1} if patience == 3 else set(), tmp_path / "half.ckpt")
+    few = loader(range(2)), VALIDATION
+    recipe = {"patience": patience}
+    train(tmp_path / "a", epochs=7, data=few, recipe=recipe, callbacks=[counter], num_sanity_val_steps=0)
+    assert counter.seen == epochs
+    if epochs > 3:  # a resumed run ends where the other one did
+        rest = Validations({1})
+        again = {"data": few, "recipe": recipe, "ckpt_path": tmp_path / "half.ckpt", "num_sanity_val_steps": 0}
+        train(tmp_path / "b", epochs=7, callbacks=[rest], **again)
+        assert rest.seen == epochs - 3
+
+
+def test_weights_stay_equal_where_no_mean_ratings_differ(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    batches = [redder_is_better(seed) for seed in (20, 21)]
+    tied = [batch._replace(ratings=torch.full_like(batch.ratings, 3)) for batch in batches]
+    data = TRAIN, DataLoader(tied, batch_size=None)
+    with caplog.at_level("WARNING"):
+        train(tmp_path, 1, random_vp_score(by_aspect=True), data=data, recipe={"learn_weights": True})
+    assert "weights stay equal" in caplog.text
+    assert VPScore.load(str(tmp_path / "vp_score")).head.weights.tolist() == [1] * 4
+
+
 def test_no_validation_images_is_told(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="limit_val_batches"):
         train(tmp_path, epochs=1, limit_val_batches=0)
@@ -238,7 +284,7 @@ def test_weak_labels_hold_scores_together(tmp_path: Path) -> None:
     assert gaps["margin"] < 0.7 * gaps["plain"]
 
 
-@pytest.mark.parametrize("recipe", [{"smoothing": 0.5}, {"smoothing": -0.1}, {"margin_scale": -1.0}])
+@pytest.mark.parametrize("recipe", [{"smoothing": 0.5}, {"smoothing": -0.1}, {"margin_scale": -1.0}, {"patience": 0}])
 def test_a_recipe_that_makes_no_sense_is_refused(tmp_path: Path, recipe: dict) -> None:
     with pytest.raises(ValueError, match=rf"algorithm\.{next(iter(recipe))}="):
         train(tmp_path, recipe=recipe)

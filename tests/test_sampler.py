@@ -89,6 +89,17 @@ def test_branches_share_everything_but_one_step(step: int) -> None:
         torch.testing.assert_close(log_prob, branches.log_probs[:, draw], rtol=0, atol=1e-6)
 
 
+def test_a_generator_for_each_start_and_each_branch_makes_them_independent_of_batching() -> None:
+    policy, sampler = LinearPolicy(gain=0.5), Sampler(steps=6, guidance=1.0, eta=1.0)
+
+    def branch(rows: range) -> torch.Tensor:
+        start = [torch.Generator().manual_seed(row) for row in rows]
+        parting = [torch.Generator().manual_seed(100 + 3 * row + number) for row in rows for number in range(3)]
+        return sampler.branch(policy, policy.encode(["a"] * len(rows)), 2, 3, start, 64, parting).finished
+
+    torch.testing.assert_close(branch(range(4)), torch.cat([branch(range(1)), branch(range(1, 4))]))
+
+
 def test_branches_do_not_depend_on_how_many_are_finished_at_once() -> None:
     policy, sampler = LinearPolicy(gain=0.5), Sampler(steps=6, guidance=1.0, eta=1.0)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
+from vp_rl.data.sets.base import HumanSet, Judged, pair
 from vp_rl.evaluation import scoring
 from vp_rl.evaluation.protocols import pooled
 from vp_rl.evaluation.scoring import Keeper, Score, Scorer, fingerprint, load, score_set, wanted
-from vp_rl.evaluation.sets.base import HumanSet, Judged, pair
 from vp_rl.interfaces import Reward
 from vp_rl.types import Images, Scores
 
@@ -222,3 +222,46 @@ def test_the_fingerprint_changes_with_settings_and_weights() -> None:
     found = {fingerprint("a"), fingerprint("b"), fingerprint("a", "b"), fingerprint("a", reward=one)}
     found |= {fingerprint("a", reward=other), fingerprint("a", reward=half)}
     assert len(found) == 6
+
+
+class Remembering(Red):
+    """Takes its zero from the first images that it sees, as `weighted` takes its statistics."""
+
+    def __init__(self, warmup: int = 6) -> None:
+        super().__init__()
+        self.seen, self.zero, self._warmup = 0, 0.0, warmup
+
+    def forward(self, images: Images, prompts: list[str]) -> Scores:
+        scores = super().forward(images, prompts)
+        if self.seen < self._warmup:
+            self.zero, self.seen = self.zero + float(scores.sum()), self.seen + len(scores)
+        return scores - self.zero / self.seen
+
+    def get_extra_state(self) -> tuple[int, float]:
+        return self.seen, self.zero
+
+    def set_extra_state(self, state: tuple[int, float]) -> None:
+        self.seen, self.zero = state
+
+
+def test_a_reward_that_remembers_scores_all_images_on_one_scale_and_a_resumed_evaluation_too(tmp_path: Path) -> None:
+    images = {f"{shade}": png(shade) for shade in range(0, 120, 10)}
+    them = [pair(f"p{n}", (f"{20 * n}", f"{20 * n + 10}"), 1.0) for n in range(6)]
+    human = Files(images, them)
+    one, file = Remembering(), tmp_path / "scores" / "statistics.json"
+    before = fingerprint("a", reward=one)
+    scorer = Scorer(one, 4)
+    scorer.settle(human, them, file)
+    assert fingerprint("a", reward=one) == before  # the scores are found again
+    settled = one.get_extra_state()
+    assert settled[0] == 8
+    found = score_set(scorer, human, them, tmp_path / "kept").by_image
+    gaps = np.diff([found[f"{shade}", f"p{shade // 20}"] for shade in range(0, 120, 10)])
+    assert gaps.tolist() == pytest.approx([10 / 255] * 11, abs=1e-6)
+    other = Remembering()
+    Scorer(other, 4).settle(human, them[::-1], file)
+    assert tuple(other.get_extra_state()) == settled
+    with pytest.raises(ValueError, match="too few images for Remembering"):
+        Scorer(Remembering(100), 4).settle(human, them, tmp_path / "other.json")
+    Scorer(Red(), 4).settle(human, them, tmp_path / "none.json")
+    assert list(tmp_path.rglob("*.json")) == [file]

@@ -1,7 +1,7 @@
 """Pure maths. Every formula of the system that is not a network is here, in float32, with its source."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -91,18 +91,15 @@ def clipped_surrogate(
 
 
 def group_advantages(
-    scores: Float[Tensor, " batch"], groups: Int[Tensor, " batch"], clip: float, epsilon: float = 1e-6
-) -> Float[Tensor, " batch"]:
+    scores: Float[Tensor, "groups images"], clip: float, epsilon: float = 1e-6
+) -> Float[Tensor, "groups images"]:
     """Scores standardised within each prompt's group, then clipped to +-`clip` standard deviations.
 
     A group of one, or one whose scores are all equal, says nothing about what is better: its advantages are 0.
     """
-    _, index, counts = groups.unique(return_inverse=True, return_counts=True)
-    counts = counts.float()
-    mean = torch.zeros_like(counts).scatter_add_(0, index, scores) / counts
-    centered = scores - mean[index]
-    variance = torch.zeros_like(counts).scatter_add_(0, index, centered.square()) / counts
-    return (centered / (variance.sqrt()[index] + epsilon)).clamp(-clip, clip)
+    centered = scores - scores.mean(1, keepdim=True)
+    std = centered.square().mean(1, keepdim=True).sqrt()
+    return (centered / (std + epsilon)).clamp(-clip, clip)
 
 
 def hinge_reward_loss(scores: Float[Tensor, " batch"], target: float) -> Float[Tensor, ""]:

@@ -237,6 +237,10 @@ class PromptSource(ABC):
         """What the source had but left out, and why."""
         return ()
 
+    def category(self, prompt: str) -> str | None:
+        """What kind of prompt of its this is, so that results can be told apart by it; None: of no kind."""
+        return None
+
     def images(self, prompt: str) -> Sequence[GivenImage]:
         """Images that it has of a prompt, to be rated instead of new ones; none, for most sources."""
         return ()

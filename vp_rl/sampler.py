@@ -81,19 +81,24 @@ class Sampler:
         conditioning: Conditioning,
         step: int,
         each: int,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         batch: int = 64,
+        parting: Generators = None,
     ) -> Branches:
         """`each` samples for each row of `conditioning` that part at `step` alone.
 
         They share the starting noise and the deterministic way to `step`, draw their own noise there, and go on
         without any, `batch` at a time. So whatever tells them apart is the doing of that one step.
+
+        Args:
+            generator: of the starting noise: one for each row makes rows independent of batching.
+            parting: of the noise at `step`, one for each sample; None: `generator`, if that is a single one.
         """
         still = replace(self, eta=0.0)
         with policy.merged():
             latents = still.sample(policy, conditioning, generator, until=step)
-            parting = repeat(self.transition(policy, latents, self._at(step, latents), conditioning), each)
-            after = self._draw(parting, generator)
+            apart = repeat(self.transition(policy, latents, self._at(step, latents), conditioning), each)
+            after = self._draw(apart, generator if parting is None else parting)
             row = torch.arange(len(latents), device=latents.device).repeat_interleave(each)
             finished = [
                 still._walk(policy, chunk, range(step + 1, self.steps), take(conditioning, rows))
@@ -103,7 +108,7 @@ class Sampler:
         return Branches(
             latents,
             after.unflatten(0, shape),
-            log_prob_of(after, parting).unflatten(0, shape),
+            log_prob_of(after, apart).unflatten(0, shape),
             torch.cat(finished).unflatten(0, shape),
         )
 

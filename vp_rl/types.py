@@ -118,6 +118,10 @@ class PromptBatch(NamedTuple):
     images: Float[Tensor, "captioned 3 height width"] | None = None
     captions: list[str] | None = None
     """The prompts of `images`."""
+    places: list[int] | None = None
+    """Of these prompts among those that all devices have in this batch; None: these are all."""
+    share: tuple[int, int] = (0, 1)
+    """Which images of each prompt are made here, of a numbered row: the first, and how far it is to the next."""
 
 
 class PreferenceBatch(NamedTuple):
@@ -127,14 +131,14 @@ class PreferenceBatch(NamedTuple):
     """One for each image."""
     images: Images
     ratings: Int[Tensor, "batch aspects"]
-    """1 to 5, in the order of `ASPECTS`."""
+    """1 to 5, in the order of `ASPECTS`; 0 where there is none: people who judge images as a whole give none."""
     better: Int[Tensor, " pairs"]
     """Row in `images` of each pair's preferred image."""
     worse: Int[Tensor, " pairs"]
     aspects: Int[Tensor, " pairs"]
-    """Index into `ASPECTS`, or -1 where the pair is by the mean over aspects."""
+    """Index into `ASPECTS`, or -1 where the pair is by the mean over aspects, or by a verdict on the whole."""
     margins: Float[Tensor, " pairs"]
-    """How much higher the preferred image is rated; more than 0."""
+    """How much higher the preferred image is rated, or ranked; more than 0."""
 
 
 def take(conditioning: Conditioning, rows: Int[Tensor, " rows"]) -> Conditioning:

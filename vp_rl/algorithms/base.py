@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
@@ -26,9 +27,10 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 @runtime_checkable
 class PromptBatches(Protocol):
-    """An epoch's batches of prompts."""
+    """An epoch's batches of prompts, as one of several devices gets them."""
 
     batch_size: int
+    devices_per_prompt: int
 
     def __len__(self) -> int: ...
 
@@ -46,7 +48,7 @@ class PolicyTraining(lightning.LightningModule, ABC):
         sampler: how its images are made while it trains.
         optimizer: given the adapter's parameters, makes the optimizer.
         decay: whether the learning rate falls to 0 by a cosine over the run, or stays.
-        seed: of prompts' noise and of every other random choice.
+        seed: of images' noise and of every other random choice.
     """
 
     def __init__(
@@ -71,6 +73,15 @@ class PolicyTraining(lightning.LightningModule, ABC):
         self.strict_loading = False  # checkpoints hold the adapter alone; `on_load_checkpoint` is the strict one
         self._make_optimizer, self._decay = optimizer, decay
 
+    def configure_model(self) -> None:
+        """Divides the denoiser's weights among devices where the strategy is FSDP2's, block by block."""
+        if self.device_mesh is None:
+            return
+        for part in self.policy.children():
+            if any(p.requires_grad for p in part.parameters()) and not isinstance(part, FSDPModule):
+                for block in (*_blocks(part), part):
+                    fully_shard(block, mesh=self.device_mesh)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over the adapter."""
         optimizer = self._make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
@@ -82,7 +93,8 @@ class PolicyTraining(lightning.LightningModule, ABC):
 
     def on_train_epoch_end(self) -> None:
         """Logs how many images the epoch sampled, scored and learned from in a second."""
-        self.log("train/images_per_second", self.images * self.trainer.world_size / self.epoch_seconds())
+        rate = self.images * self.trainer.world_size / self.epoch_seconds()
+        self.log("train/images_per_second", rate, sync_dist=True)
 
     def epoch_seconds(self) -> float:
         """Wall time of the running epoch so far."""
@@ -114,9 +126,16 @@ class PolicyTraining(lightning.LightningModule, ABC):
         """The prompts of a batch, and the sampling steps it trains, in words."""
 
     def generator(self, *position: int) -> torch.Generator:
-        """Random numbers of this rank at a position (epoch, batch, ...): nothing to save, nothing to restore."""
-        key = (self.seed, self.trainer.global_rank, *position)
-        return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+        """Random numbers for what has this position in the run: epoch, round or update, and in it prompt and image.
+
+        There is nothing to save and nothing to restore, and it plays no part which device draws them, or beside what.
+        """
+        return torch.Generator().manual_seed(zlib.crc32(repr((self.seed, *position)).encode()))
+
+    def generators(self, places: Iterable[int], images: Iterable[int], *position: int) -> list[torch.Generator]:
+        """One for each image of each prompt, by the prompts' places in the batch of all devices."""
+        images = list(images)
+        return [self.generator(*position, place, image) for place in places for image in images]
 
     def kl_to_reference(
         self, transition: Transition, latents: Latents, step: Steps, conditioning: Conditioning
@@ -218,6 +237,12 @@ class PromptLoader(EpochLoader):
     def __iter__(self) -> Iterator[PromptBatch]:
         # A generator: it must not look before the first batch is asked for, when Lightning knows where it is.
         yield from islice(self._prompts, self.done(), None)
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The members of the outermost lists: what a denoiser is a row of."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
 
 
 def differ(scores: Float[Tensor, "groups images"]) -> Bool[Tensor, " groups"]:

@@ -6,8 +6,9 @@ ratio = p(x_next | x_t, prompt) / p_old(x_next | x_t, prompt), A the reward stan
 What differs from the published code (paper.md 3):
 1. Several images of each prompt are drawn in a round and standardised among themselves (as in GRPO), so no history of
    scores by prompt is kept.
-2. States x_t of all samples and steps are shuffled together and trained in micro-batches that fill the device, not step
-   by step.
+2. States x_t are trained in micro-batches that fill the device, not step by step. They take turns: a random one of each
+   image's steps, then another one of each. So an update is of all prompts alike, and of the same states however many
+   devices they are dealt out to.
 3. w_t = std_t / mean std (noise-aware weighting, TempFlow-GRPO): the gradient of the log-density grows as 1 / std, so
    unweighted the last steps, which only touch fine detail, would dominate. `weight_by_std=false` is the published loss.
 4. An optional KL to the model without its adapter; the published code has none.
@@ -19,14 +20,15 @@ What differs from the published code (paper.md 3):
 
 import math
 import time
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from vp_rl.algorithms.base import EpochLoader, MakeOptimizer, PolicyTraining, PromptBatches, differ
+from vp_rl.algorithms.rounds import Rollout, Share, StepBatch, of_all, own, share_of
 from vp_rl.functional import clipped_surrogate, group_advantages
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler, log_prob_of, repeat
@@ -37,33 +39,13 @@ _DRIFT = {False: 1e-4, True: 1e-2}  # between log-probabilities that rounding ma
 _KL_PROBE = 16  # states of a round on which the distance to the reference is measured; 64 cost 8% of the round
 
 
-class StepBatch(NamedTuple):
-    """A micro-batch of states x_t, each with the steps that were drawn from it: one, or with `branch` several."""
-
-    latents: Float[Tensor, "batch *latent"]
-    next_latents: Float[Tensor, "batch draws *latent"]
-    step: Steps
-    log_probs: Float[Tensor, "batch draws"]
-    """Under the policy that sampled."""
-    advantages: Float[Tensor, "batch draws"]
-    weight: Float[Tensor, " batch"]
-    prompt: Int[Tensor, " batch"]
-    """Row of the round's conditioning."""
-
-
-class Rollout(NamedTuple):
-    """A round's images, as what is needed to learn from them: all states with their steps, and the encoded prompts."""
-
-    states: StepBatch
-    conditioning: Conditioning
-
-
 class DDPO(PolicyTraining):
     """Fine-tunes a policy against any reward, differentiable or not.
 
     Args:
         policy, reward, sampler, optimizer, decay, seed: see `PolicyTraining`. The sampler's eta must be above 0.
-        images_per_prompt: images of each prompt in a round; their scores are compared among themselves.
+        images_per_prompt: images of each prompt in a round; their scores are compared among themselves, also where
+            several devices make them (`data.devices_per_prompt`).
         sample_batch: images sampled at once.
         train_batch: states x_t trained at once; times the trainer's accumulation it is one update. A round has one for
             each image and trained step, with `branch` one for each prompt.
@@ -124,20 +106,28 @@ class DDPO(PolicyTraining):
         self._weight = stds / stds[self.trained_steps].mean() if weight_by_std else torch.ones_like(stds)
         self.conditioning: Conditioning = {}
         self.prompts: list[str] = []  # of the running round
+        self._sharing = 1  # devices that each of them is on
         self._sampled_after = -1  # that many updates
         self._rounds: list[dict[str, float]] = []
 
     def batches(self, prompts: PromptBatches) -> "RolloutLoader":
         """Each batch of prompts is one round: sampled when it is asked for, then served as micro-batches."""
+        sharing = prompts.devices_per_prompt
+        if self.images_per_prompt % sharing:
+            raise ValueError(
+                f"algorithm.images_per_prompt={self.images_per_prompt} cannot be divided among "
+                f"data.devices_per_prompt={sharing} devices: give a multiple."
+            )
         return RolloutLoader(self, prompts)
 
-    def batches_per_round(self, prompts: int) -> int:
-        """Micro-batches that a round of so many prompts is served as."""
-        return self.inner_epochs * math.ceil(prompts * self.states_per_prompt / self.train_batch)
+    def batches_per_round(self, prompts: int, devices_per_prompt: int = 1) -> int:
+        """Micro-batches that a device serves a round of so many prompts of its own as."""
+        each = self.states_per_prompt // (devices_per_prompt if self.branch is None else 1)
+        return self.inner_epochs * math.ceil(prompts * each / self.train_batch)
 
     def resumable_after(self, batches: int) -> bool:
         """Between rounds: a round's images are not kept, and could not be sampled again by a policy that has moved."""
-        return batches % self.batches_per_round(len(self.prompts)) == 0
+        return batches % self.batches_per_round(len(self.prompts), self._sharing) == 0
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """The clipped surrogate of one micro-batch of states, plus the KL where it is wanted."""
@@ -197,67 +187,87 @@ class DDPO(PolicyTraining):
     @torch.no_grad()
     def rollout(self, batch: PromptBatch, *position: int) -> Rollout:
         """Samples a round's images, scores them, and keeps the states that their random steps start from."""
-        self.prompts = batch.prompts
-        generator, started = self.generator(*position), time.monotonic()
+        share, started = share_of(batch, self.images_per_prompt, self.trainer.world_size), time.monotonic()
+        self.prompts, self._sharing = batch.prompts, batch.share[1]
         conditioning = self.policy.encode(batch.prompts)
-        prompt = torch.arange(len(batch.prompts), device=self.device).repeat_interleave(self.images_per_prompt)
+        prompt = torch.arange(len(batch.prompts)).repeat_interleave(len(share.images))
         sample = self._trajectories if self.branch is None else self._branches
-        finished, states = sample(conditioning, prompt, generator)
+        finished, states = sample(conditioning, prompt, share, *position)
         sampled = time.monotonic()
         scores = torch.cat(
             [
-                self.score(self.policy.decode(finished[rows]), [batch.prompts[row] for row in prompt[rows].tolist()])
-                for rows in torch.arange(len(prompt), device=self.device).split(self.sample_batch)
+                self.score(
+                    self.policy.decode(finished[rows].to(self.device)),
+                    [batch.prompts[row] for row in prompt[rows].tolist()],
+                )
+                for rows in _slices(len(prompt), self.sample_batch)
             ]
         )
-        self.scores, self._sampled_after = scores.unflatten(0, (len(batch.prompts), -1)), self.global_step
-        scored = torch.isfinite(self.scores).all(1)  # where not, there is no score to stand out from
-        known = torch.where(scored[:, None], self.scores, 0.0).flatten()
-        advantages = group_advantages(known, prompt, self.advantage_clip).repeat_interleave(self.steps_per_sample)
-        states = states._replace(advantages=advantages.reshape(states.log_probs.shape))
+        everyone = of_all(scores.unflatten(0, (len(batch.prompts), -1)), self._sharing)
+        self.scores, self._sampled_after = everyone[share.places], self.global_step
+        scored = torch.isfinite(everyone).all(1)  # where not, there is no score to stand out from
+        known = torch.where(scored[:, None], everyone, 0.0)
+        advantages = own(group_advantages(known, self.advantage_clip), share).repeat_interleave(self.steps_per_sample)
+        states = states._replace(advantages=advantages.reshape(states.log_probs.shape).to(states.step.device))
         kl = self._kl_on_a_few(states, conditioning)
         self.images += len(scores)
         self._rounds.append(
             {
-                "train/reward": self.scores[scored].mean().item(),
-                "train/reward_std": self.scores[scored].std().item(),
-                "train/zero_variance_groups": 1 - differ(self.scores).float().mean().item(),
+                "train/reward": everyone[scored].mean().item(),
+                "train/reward_std": everyone[scored].std().item(),
+                "train/zero_variance_groups": 1 - differ(everyone).float().mean().item(),
                 "train/kl": kl.item(),
                 "train/seconds_sampling": sampled - started,
                 "train/seconds_reward": time.monotonic() - sampled,
             }
         )
-        return Rollout(states, conditioning)
+        return Rollout(states, conditioning, share)
 
     def _trajectories(
-        self, conditioning: Conditioning, prompt: Tensor, generator: torch.Generator
+        self, conditioning: Conditioning, prompt: Tensor, share: Share, *position: int
     ) -> tuple[Latents, StepBatch]:
         """Finished latents, and the states sample by sample, each sample with its own choice of steps."""
-        parts = [
-            self.sampler.rollout(self.policy, take(conditioning, rows), generator)
-            for rows in prompt.split(self.sample_batch)
-        ]
-        latents, log_probs = torch.cat([p.latents for p in parts]), torch.cat([p.log_probs for p in parts])
-        chosen = torch.rand(len(prompt), len(self.trained_steps), generator=generator).argsort(1)
-        steps = torch.tensor(self.trained_steps)[chosen[:, : self.steps_per_sample]].flatten().to(prompt.device)
-        rows = torch.arange(len(prompt), device=prompt.device).repeat_interleave(self.steps_per_sample)
+        noise = self.generators(share.places, share.images, *position)
+        parts = (
+            self.sampler.rollout(self.policy, take(conditioning, prompt[rows]), noise[rows])[:2]
+            for rows in _slices(len(prompt), self.sample_batch)
+        )
+        latents, log_probs = self._stored(parts)
+        chosen = self._shuffled(share, len(self.trained_steps), *position)
+        steps = torch.tensor(self.trained_steps)[chosen[:, : self.steps_per_sample]].flatten()
+        rows = torch.arange(len(prompt)).repeat_interleave(self.steps_per_sample)
         next_latents, log_probs = latents[rows, steps + 1, None], log_probs[rows, steps, None]
         return latents[:, -1], self._states(latents[rows, steps], next_latents, steps, log_probs, prompt[rows])
 
     def _branches(
-        self, conditioning: Conditioning, prompt: Tensor, generator: torch.Generator
+        self, conditioning: Conditioning, prompt: Tensor, share: Share, *position: int
     ) -> tuple[Latents, StepBatch]:
         """Finished latents, and one state for each prompt: where its images part."""
-        step = self.trained_steps[int(torch.randint(len(self.trained_steps), (1,), generator=generator))]
-        each = self.images_per_prompt
+        choice = torch.randint(len(self.trained_steps), (1,), generator=self.generator(*position))
+        step, each = self.trained_steps[int(choice)], len(share.images)
         prompts = prompt[::each]
-        parts = [
-            self.sampler.branch(self.policy, take(conditioning, rows), step, each, generator, self.sample_batch)
-            for rows in prompts.split(max(1, self.sample_batch // each))
-        ]
-        latents, next_latents, log_probs, finished = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        start = self.generators(share.places, [-1], *position)
+        noise = self.generators(share.places, share.images, *position)
+        parts = (
+            self.sampler.branch(
+                self.policy,
+                take(conditioning, prompts[rows]),
+                step,
+                each,
+                start[rows],
+                self.sample_batch,
+                noise[rows.start * each : rows.stop * each],
+            )
+            for rows in _slices(len(prompts), max(1, self.sample_batch // each))
+        )
+        latents, next_latents, log_probs, finished = self._stored(parts)
         states = self._states(latents, next_latents, torch.full_like(prompts, step), log_probs, prompts)
         return finished.flatten(0, 1), states
+
+    @staticmethod
+    def _stored(parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:
+        """Each kind of tensor in one piece, in main memory: a round's states are gigabytes, a micro-batch's are few."""
+        return [torch.cat(tensors) for tensors in zip(*([t.cpu() for t in part] for part in parts), strict=True)]
 
     def _states(
         self, latents: Latents, next_latents: Tensor, step: Steps, log_probs: Tensor, prompt: Tensor
@@ -266,17 +276,30 @@ class DDPO(PolicyTraining):
         weight = self._weight.to(step.device)[step]
         return StepBatch(latents, next_latents, step, log_probs, torch.zeros_like(log_probs), weight, prompt)
 
+    def order(self, share: Share, *position: int) -> Int[Tensor, " states"]:
+        """Rows of a rollout's states in the order of training: see the module's point 2."""
+        if self.branch is not None:
+            return torch.arange(len(share.places))
+        steps = self._shuffled(share, self.steps_per_sample, *position)
+        rows = steps + self.steps_per_sample * torch.arange(len(steps))[:, None]
+        return rearrange(rows, "(prompt image) step -> (step image prompt)", image=len(share.images))
+
+    def _shuffled(self, share: Share, number: int, *position: int) -> Int[Tensor, "samples {number}"]:
+        """For each of this device's samples, that many numbers in an order of its own."""
+        shape = share.prompts, self.images_per_prompt, number
+        return own(torch.rand(shape, generator=self.generator(*position)).argsort(2), share)
+
     def _kl_on_a_few(self, states: StepBatch, conditioning: Conditioning) -> Tensor:
         """Mean KL of a step to the reference's, on a few states spread over the round."""
-        number, device = len(states.step), states.step.device
-        rows = torch.linspace(0, number - 1, min(_KL_PROBE, number)).long().to(device)
-        latents, step, few = states.latents[rows], states.step[rows], take(conditioning, states.prompt[rows])
+        rows = torch.linspace(0, len(states.step) - 1, min(_KL_PROBE, len(states.step))).long()
+        latents, step, prompt = (each[rows].to(self.device) for each in (states.latents, states.step, states.prompt))
+        few = take(conditioning, prompt)
         transition = self.sampler.transition(self.policy, latents, step, few)
         return self.kl_to_reference(transition, latents, step, few).mean()
 
 
 class RolloutLoader(EpochLoader):
-    """An epoch of DDPO: for each batch of prompts, a fresh rollout, served as shuffled micro-batches."""
+    """An epoch of DDPO: for each batch of prompts, a fresh rollout, served as micro-batches."""
 
     def __init__(self, algorithm: DDPO, prompts: PromptBatches) -> None:
         super().__init__(algorithm, prompts)
@@ -284,22 +307,28 @@ class RolloutLoader(EpochLoader):
 
     def __len__(self) -> int:
         """Known beforehand, so that Lightning fetches no batch ahead: its policy would be one update old."""
-        return len(self._prompts) * self._ddpo.batches_per_round(self._prompts.batch_size)
+        return len(self._prompts) * self._per_round()
 
     def __iter__(self) -> Iterator[StepBatch]:
         algorithm = self._ddpo
-        before = self.done() // algorithm.batches_per_round(self._prompts.batch_size)
+        before = self.done() // self._per_round()
         for number, batch in enumerate(self._prompts):
             if number < before:
                 continue
             position = (algorithm.current_epoch, number)
             with algorithm.trainer.precision_plugin.forward_context():
-                states, algorithm.conditioning = algorithm.rollout(batch, *position)
-            generator = algorithm.generator(*position, 1)
-            for _ in range(algorithm.inner_epochs):
-                order = torch.randperm(len(states.step), generator=generator).to(states.step.device)
+                states, algorithm.conditioning, share = algorithm.rollout(batch, *position)
+            for turn in range(algorithm.inner_epochs):
+                order = algorithm.order(share, *position, turn).to(states.step.device)
                 for rows in order.split(algorithm.train_batch):
                     yield StepBatch(*(field[rows] for field in states))
+
+    def _per_round(self) -> int:
+        return self._ddpo.batches_per_round(self._prompts.batch_size, self._prompts.devices_per_prompt)
+
+
+def _slices(number: int, size: int) -> list[slice]:
+    return [slice(start, min(start + size, number)) for start in range(0, number, size)]
 
 
 def _stds(policy: Policy, sampler: Sampler) -> Float[Tensor, " steps"]:

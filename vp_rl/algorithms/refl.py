@@ -11,6 +11,7 @@ What differs from the published script (paper.md 2.7):
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -64,14 +65,16 @@ class ReFL(PolicyTraining):
 
     def training_step(self, batch: PromptBatch, batch_idx: int) -> Tensor:
         """One batch of prompts: sample to a random step, predict the image there, push its score up."""
-        generator = self.generator(self.current_epoch, batch_idx)
-        latents, step, conditioning = self._sample(batch.prompts, generator)
+        # Batches whose gradients are accumulated are one batch in pieces: of one stop step, their places going on.
+        update, piece = divmod(batch_idx, self.trainer.accumulate_grad_batches)
+        position = self.current_epoch, update
+        latents, step, conditioning = self._sample(batch, piece, *position)
         transition = self.sampler.transition(self.policy, latents, step, conditioning)
         scores = self.score(self.policy.decode(transition.x0), batch.prompts)
         self.scores = scores.detach()[:, None]
         loss = self.reward_weight * hinge_reward_loss(scores, self.target)
         if self.pretrain_weight:
-            loss = loss + self.pretrain_weight * self._pretrain_loss(batch, generator)
+            loss = loss + self.pretrain_weight * self._pretrain_loss(batch, piece, *position)
         values = {"train/reward": scores[torch.isfinite(scores)].mean(), "train/loss": loss}
         if transition.std.all():  # a deterministic step has no density, so no KL
             values["train/kl"] = self.kl_to_reference(transition, latents, step, conditioning).mean()
@@ -79,17 +82,21 @@ class ReFL(PolicyTraining):
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(scores), sync_dist=True)
         return loss
 
-    def _sample(self, prompts: list[str], generator: torch.Generator) -> tuple[Latents, Steps, Conditioning]:
+    def _sample(self, batch: PromptBatch, piece: int, *position: int) -> tuple[Latents, Steps, Conditioning]:
         """Latents before a random stop step, that step, and the encoded prompts."""
-        stop = self.stops[int(torch.randint(len(self.stops), (1,), generator=generator))]
-        conditioning = self.policy.encode(prompts)
-        latents = self.sampler.sample(self.policy, conditioning, generator, until=stop)
+        stop = self.stops[int(torch.randint(len(self.stops), (1,), generator=self.generator(*position)))]
+        first, sharing = batch.share
+        places = range(len(batch.prompts)) if batch.places is None else batch.places
+        before = piece * len(batch.prompts) * self.trainer.world_size // sharing
+        noise = self.generators((before + place for place in places), [first], *position)
+        conditioning = self.policy.encode(batch.prompts)
+        latents = self.sampler.sample(self.policy, conditioning, noise, until=stop)
         return latents, torch.full((len(latents),), stop, device=latents.device), conditioning
 
     def self_test(self, batch: PromptBatch) -> str:
         """The reward's gradient must reach the adapter: finite, and not all zero."""
         prompts = batch.prompts[:_SELF_TEST]
-        latents, step, conditioning = self._sample(prompts, self.generator(-1))
+        latents, step, conditioning = self._sample(PromptBatch(prompts), 0, -1)
         transition = self.sampler.transition(self.policy, latents, step, conditioning)
         trained = [parameter for parameter in self.policy.parameters() if parameter.requires_grad]
         self.score(self.policy.decode(transition.x0), prompts).sum().backward()
@@ -113,16 +120,22 @@ class ReFL(PolicyTraining):
         """Its prompts; the stop step follows from the update."""
         return str(batch.prompts)
 
-    def _pretrain_loss(self, batch: PromptBatch, generator: torch.Generator) -> Tensor:
+    def _pretrain_loss(self, batch: PromptBatch, piece: int, *position: int) -> Tensor:
         if batch.images is None or batch.captions is None:
             raise ValueError("algorithm.pretrain_weight needs images: set data.images to a VisionPrefer folder.")
-        return denoising_loss(self.policy, batch.images, batch.captions, generator)
+        rank, devices = self.trainer.global_rank, self.trainer.world_size
+        first = piece * len(batch.images) * devices + rank  # images are dealt to devices in turn
+        generators = self.generators(range(first, first + len(batch.images) * devices, devices), [-1], *position)
+        return denoising_loss(self.policy, batch.images, batch.captions, generators)
 
 
-def denoising_loss(policy: Policy, images: Images, captions: list[str], generator: torch.Generator) -> Tensor:
+def denoising_loss(
+    policy: Policy, images: Images, captions: list[str], generators: Sequence[torch.Generator]
+) -> Tensor:
     """Mean squared error of the policy's output on noised images: what it was pretrained with."""
     x0 = policy.encode_images(images)
-    noise = torch.randn(x0.shape, generator=generator).to(x0.device)
-    timestep = torch.randint(1000, (len(x0),), generator=generator).to(x0.device).float()
+    noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for generator in generators]).to(x0.device)
+    timestep = torch.cat([torch.randint(1000, (1,), generator=generator) for generator in generators])
+    timestep = timestep.to(x0.device).float()
     output = policy.predict(policy.process.add_noise(x0, noise, timestep), timestep, policy.encode(captions), 1.0)
     return F.mse_loss(output, policy.process.target(x0, noise, timestep))

@@ -8,6 +8,7 @@ What differs from ImageReward's published recipe:
 3. The weights of the best validation accuracy are kept, and the score is standardised on the validation images.
 """
 
+import logging
 import math
 import zlib
 from collections.abc import Callable, Iterable
@@ -26,6 +27,8 @@ from vp_rl.functional import label_belief, preference_weights, ranking_loss
 from vp_rl.interfaces import TrainableReward
 from vp_rl.types import ASPECTS, PreferenceBatch
 
+log = logging.getLogger(__name__)
+
 
 class RewardModel(lightning.LightningModule):
     """Fits a reward to preferences and saves it where rewards are loaded from.
@@ -42,7 +45,8 @@ class RewardModel(lightning.LightningModule):
         margin_scale: difference of ratings at which a label is believed to 73%, more to the larger ones; 0: all labels
             are believed alike, however close the ratings are.
         learn_weights: the outputs' weights in the score are fitted to the validation images' mean ratings, rather than
-            equal; for a reward with an output for each aspect.
+            equal; for a reward with an output for each aspect, on data that rate aspects.
+        patience: validations in a row without a better accuracy after which training ends; None: it goes on.
         seed: of dropout.
 
     Raises:
@@ -58,6 +62,7 @@ class RewardModel(lightning.LightningModule):
         smoothing: float = 0.0,
         margin_scale: float = 0.0,
         learn_weights: bool = False,
+        patience: int | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -65,11 +70,14 @@ class RewardModel(lightning.LightningModule):
             raise ValueError(f"algorithm.smoothing={smoothing} must be in [0, 0.5): a label is more often right.")
         if not 0 <= margin_scale < math.inf:
             raise ValueError(f"algorithm.margin_scale={margin_scale} must be 0 or more, in units of the ratings.")
+        if patience is not None and patience < 1:
+            raise ValueError(f"algorithm.patience={patience} must be at least 1 validation, or null.")
         self.reward = reward
         self.reward.freeze(frozen)
         self._make_optimizer, self._save_to, self._seed = optimizer, Path(save_to), seed
         self._smoothing, self._margin_scale, self._learn_weights = smoothing, margin_scale, learn_weights
         self._best_accuracy, self._best = -1.0, dict[str, Tensor]()
+        self._patience, self._waited = patience, 0
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """One optimizer over what is not frozen."""
@@ -81,7 +89,16 @@ class RewardModel(lightning.LightningModule):
         self.reward.train()
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Dropout depends on the position in the run and the rank alone, so that a resumed run repeats it."""
+        """Dropout depends on the position in the run and the rank alone, so that a resumed run repeats it.
+
+        Raises:
+            ValueError: weights of aspects are to be learnt from data without ratings.
+        """
+        if self._learn_weights and not batch.ratings.any():
+            raise ValueError(
+                "algorithm.learn_weights=true fits the aspects' weights to mean ratings, and these data rate no "
+                "aspects: they say which image is better as a whole. Set it to false, or train on a VisionPrefer."
+            )
         position = (self._seed, self.trainer.global_rank, self.trainer.current_epoch, batch_idx)
         torch.manual_seed(zlib.crc32(repr(position).encode()))
 
@@ -128,19 +145,26 @@ class RewardModel(lightning.LightningModule):
         return loss
 
     def on_validation_epoch_end(self) -> None:
-        """Keeps the weights if they are the best so far."""
+        """Keeps the weights if they are the best so far; ends the training if they have not been for too long."""
+        if self.trainer.sanity_checking:
+            return
         accuracy = self.trainer.callback_metrics["val/accuracy"].item()
-        if not self.trainer.sanity_checking and accuracy > self._best_accuracy:
-            self._best_accuracy = accuracy
+        if accuracy > self._best_accuracy:
+            self._best_accuracy, self._waited = accuracy, 0
             self._best = {name: tensor.detach().cpu().clone() for name, tensor in self.reward.state_dict().items()}
+            return
+        self._waited += 1
+        if self._patience is not None and self._waited >= self._patience:
+            log.info("no better accuracy in %d validations, the best is %.4f", self._waited, self._best_accuracy)
+            self.trainer.should_stop = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the best weights, so that a resumed run ends as one that was never stopped."""
-        checkpoint["best"] = (self._best_accuracy, self._best)
+        checkpoint["best"] = (self._best_accuracy, self._best, self._waited)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes them back."""
-        self._best_accuracy, self._best = checkpoint["best"]
+        self._best_accuracy, self._best, self._waited = checkpoint["best"]
 
     def on_train_end(self) -> None:
         """Goes back to the best weights, standardises the score on the validation images, and saves."""
@@ -149,7 +173,9 @@ class RewardModel(lightning.LightningModule):
         self.reward.requires_grad_(False).eval()
         outputs, better, worse = self._validation_outputs()
         self.reward.standardise(outputs)
-        if self._learn_weights:
+        if self._learn_weights and not better:
+            log.warning("algorithm.learn_weights: no validation images differ in their mean rating; weights stay equal")
+        elif self._learn_weights:
             outputs = (outputs - outputs.mean(0)) / outputs.std(0)
             self.reward.weigh(preference_weights((outputs[better] - outputs[worse]).cpu()))
         if self.trainer.is_global_zero:
@@ -174,7 +200,10 @@ class RewardModel(lightning.LightningModule):
 
 
 def decided(batch: PreferenceBatch) -> dict[str, Bool[Tensor, "better worse"]]:
-    """By each aspect, and by the mean over aspects: which images are rated higher than which others of their prompt."""
+    """By each aspect, and by the mean over aspects: which images are rated higher than which others of their prompt.
+
+    Where nothing is rated, no image is.
+    """
     first = {prompt: row for row, prompt in enumerate(batch.prompts)}
     prompts = torch.tensor([first[prompt] for prompt in batch.prompts], device=batch.ratings.device)
     together = prompts[:, None] == prompts

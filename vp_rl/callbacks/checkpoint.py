@@ -1,10 +1,11 @@
 """Checkpoints that a killed run goes on from as if nothing had happened.
 
 One holds the adapter, the optimizer, the learning rate's schedule, the precision's loss scale, the position in the run,
-the callbacks' and the reward's own state, and the settings. Random numbers follow from the position (seed, rank, epoch,
-batch), so there are none to save. On the same number of devices a resumed run ends with the adapter of an unbroken one,
-bit by bit where the device computes reproducibly; on another number it goes on from the same weights with other noise
-and other prompts.
+the callbacks' and the reward's own state, and the settings. Random numbers follow from the position (seed, epoch,
+round, prompt, image), so there are none to save. On the same number of devices a resumed run ends with the adapter of
+an unbroken one, bit by bit where the device computes reproducibly. On another number it goes on from the same weights:
+to rounding as before, if all devices together still have as many prompts in a round and states in an update, and the
+checkpoint is of an epoch's end; otherwise with other prompts and other noise.
 """
 
 import copy
@@ -14,10 +15,11 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Checkpoint
 
 from vp_rl.algorithms.base import PolicyTraining
@@ -40,8 +42,10 @@ class RunCheckpoints(Checkpoint):
     SIGTERM, SIGUSR1 and Ctrl-C let the run go on to the next place it can be resumed from exactly (the end of ReFL's
     update, or of DDPO's round; at once where no update has been made since the last such place), but no longer than
     `grace`. Then it writes a checkpoint and exits with 128 + the signal's number. If time runs out, or on the second
-    Ctrl-C, it exits without: what was learned since the last checkpoint is lost. Where Lightning runs a SLURM job with
-    automatic requeueing, its own handler is called after the checkpoint is written, and has the job started again.
+    Ctrl-C, it exits without: what was learned since the last checkpoint is lost. Of several processes it is enough that
+    one is told; as they must agree, sampling is finished then, though nothing is learned from it any more. Where
+    Lightning runs a SLURM job with automatic requeueing, its own handler is called after the checkpoint is written, and
+    has the job started again.
     A run that is resumed within an epoch has that epoch's metrics of the second part only. A reward model's run stops
     at the end of epochs only.
 
@@ -104,8 +108,10 @@ class RunCheckpoints(Checkpoint):
             raise Interrupted(self._stopper())
         self._reach(module, trainer.current_epoch, _batches(trainer) if trainer.fit_loop.restarted_mid_epoch else 0)
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        """From now on weights change."""
+    def on_train_batch_start(self, trainer: lightning.Trainer, *_: Any) -> None:
+        """The last moment before weights change: several processes stop here if one was told to while it sampled."""
+        if not self._alone and self._exact and self._is_asked(trainer):
+            self._stop(trainer)
         self._exact = False
 
     def on_train_batch_end(
@@ -118,9 +124,7 @@ class RunCheckpoints(Checkpoint):
             return
         self._reach(module, trainer.current_epoch, done)
         if self._is_asked(trainer):
-            self._save(trainer, *self._place)
-            self._leave()
-            raise Interrupted(self._stopper())
+            self._stop(trainer)
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Writes one now and then, at the end of the run, and when the run is to stop."""
@@ -146,8 +150,8 @@ class RunCheckpoints(Checkpoint):
         # Lightning's own count is still the last epoch's for a moment after a new one has begun.
         if self._alone and self._exact and _batches(trainer) == self._place[1]:
             self._save(trainer, *self._place)
-        if not (self._alone or self._left):  # the other processes wait for this one
-            trainer.strategy.launcher.kill(signal.SIGKILL)  # type: ignore[union-attr]
+        if not self._alone:
+            self._end_others(trainer, exception)
         if trainer.is_global_zero:
             newest = max(self._own(), key=order, default=None)
             kept = f"resume=auto goes on from {newest}" if newest else "there was nothing to keep yet"
@@ -188,8 +192,8 @@ class RunCheckpoints(Checkpoint):
         before = checkpoint.get("run", {}).get("devices", trainer.world_size)
         if before != trainer.world_size and trainer.is_global_zero:
             log.warning(
-                "the run was on %d devices and goes on with %d: from the same weights, but with other noise and other "
-                "prompts, and with data.batch_size prompts on each device",
+                "the run was on %d devices and goes on with %d: from the same weights, but not bit for bit, and if all "
+                "of them together do not do as much as before, with other prompts and other noise",
                 before,
                 trainer.world_size,
             )
@@ -204,6 +208,25 @@ class RunCheckpoints(Checkpoint):
             until_now = sorted((file for file in self._own() if order(file) <= self._saved), key=order)
             for old in until_now[: -self._keep]:
                 old.unlink()
+
+    def _stop(self, trainer: lightning.Trainer) -> NoReturn:
+        self._save(trainer, *self._place)
+        self._leave()
+        raise Interrupted(self._stopper())
+
+    def _end_others(self, trainer: lightning.Trainer, exception: Interrupted) -> None:
+        """Nobody is to wait for ever for a process that has gone; nor to be killed while it goes.
+
+        Lightning kills the main process, and what it exits with, if one that it has started ends with another code
+        than 0. Where torchrun or a scheduler has started them, it is theirs to end the others, and to read the codes.
+        """
+        strategy: Any = trainer.strategy
+        if not isinstance(strategy.cluster_environment, LightningEnvironment):
+            return
+        if not self._left:
+            strategy.launcher.kill(signal.SIGKILL)
+        elif not trainer.is_global_zero:
+            exception.code = 0
 
     def _own(self) -> list[Path]:
         return [file for file in self._folder.glob("epoch=*.ckpt") if order(file) >= (0, 0)]

@@ -17,11 +17,23 @@ log = logging.getLogger(__name__)
 _NAME = re.compile(r"epoch=(\d+)(?:-batch=(\d+))?\.ckpt")
 _NEEDED = {"epoch", "global_step", "state_dict", "loops", "optimizer_states", "lr_schedulers"}
 _LEARNED = ("algorithm", "policy", "reward", "sampler", "data", "prompts", "seed")  # what decides what is learned
-_FREE = {"algorithm.save_to"}  # a folder
+_FREE = {"algorithm.save_to", "policy.economy.text_cache"}  # folders
 _UPDATES = ("trainer.accumulate_grad_batches", "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm")
 _LENGTHS = ("trainer.max_epochs", "trainer.max_steps")
+_DEALT = {  # what may change with the number of devices, as long as all of them together do the same
+    "data.batch_size",
+    "data.devices_per_prompt",
+    "data.images_per_batch",
+    "data.batches_per_epoch",
+    "algorithm.train_batch",
+    "trainer.accumulate_grad_batches",
+}
 _ROUNDING = {  # what a run may go on with, though not to the same bits
     "policy.gradient_checkpointing",
+    "policy.economy.text_encoders",
+    "policy.economy.vae_batch",
+    "policy.economy.channels_last",
+    "policy.economy.compile",
     "algorithm.sample_batch",
     "trainer.accelerator",
     "trainer.devices",
@@ -120,7 +132,27 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     def lines(names: set[str]) -> list[str]:
         return [f"{name}={other.get(name)!r}, was {one.get(name)!r}" for name in sorted(names)]
 
-    return lines(fixed - _ROUNDING - _FREE), lines(changed & _ROUNDING)
+    rounding = _ROUNDING | _DEALT if _together(one) == _together(other) else _ROUNDING
+    return lines(fixed - rounding - _FREE), lines(changed & rounding)
+
+
+def _together(settings: Mapping[str, Any]) -> Any:
+    """What a run is made of, however it is dealt out: the stated geometry, or what all devices do together.
+
+    Of settings that leave the number of devices open it is the settings themselves.
+    """
+    if settings.get("geometry.images_per_update") is not None:
+        return settings["geometry.images_per_update"], settings.get("geometry.updates")
+    values = {name: settings.get(name, 1) for name in ("trainer.devices", "trainer.num_nodes", *_DEALT)}
+    if not all(isinstance(value, int) and value > 0 for value in values.values()):
+        return values
+    devices = values["trainer.devices"] * values["trainer.num_nodes"]
+    accumulated = devices * values["trainer.accumulate_grad_batches"]
+    prompts, batches = values["data.batch_size"] / values["data.devices_per_prompt"], values["data.batches_per_epoch"]
+    images = values["data.images_per_batch"] if settings.get("data.images") is not None else 0
+    if "algorithm.train_batch" in settings:  # DDPO's updates are of the states of a round
+        return prompts * devices, batches, values["algorithm.train_batch"] * accumulated
+    return prompts * accumulated, images * accumulated, batches / values["trainer.accumulate_grad_batches"]
 
 
 def _flat(settings: Any, name: str = "") -> dict[str, Any]:

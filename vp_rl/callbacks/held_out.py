@@ -2,21 +2,28 @@
 
 import json
 import logging
+import re
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from torch import distributed
 from tqdm import tqdm
 
 from vp_rl.algorithms.base import PolicyTraining
+from vp_rl.callbacks.best import BestAdapter
 from vp_rl.callbacks.trackers import send_images
+from vp_rl.evaluation.categories import by_category
 from vp_rl.evaluation.compare import as_dict, as_markdown, compare
 from vp_rl.evaluation.grid import grid
-from vp_rl.evaluation.images import Evaluation, Evaluator
+from vp_rl.evaluation.images import Evaluation, Evaluator, Pixels, interleave
 from vp_rl.evaluation.report import write_report
+from vp_rl.evaluation.signs import Moment, Sign, moment, signs, summary
 
 log = logging.getLogger(__name__)
 
@@ -26,115 +33,234 @@ _COLUMNS = 16  # images in a row of the sample grids
 class HeldOutEvaluation(lightning.Callback):
     """Evaluates the base model once, the policy now and then, and compares the two when training ends.
 
-    Logs `held_out/*` (of the first `small` prompts) and, at the end, the changes as `final/*` (of all prompts). Writes
-    `samples/`, and at the end `adapter/`, `summary.json` and `report.html`, to the run's folder. The main process
-    evaluates alone, so the policy must be whole there (one device or DDP, not FSDP).
+    While training it looks at prompts of `evaluation.watch`, at the end at those of `evaluation.split`: what is chosen
+    by the first has not seen the second. Logs `held_out/*` and, at the end, the changes as `final/*`; says in words
+    what looks like an exploited reward. Writes `samples/`, `best/`, and at the end `adapter/`, `summary.json` and
+    `report.html`, to the run's folder. All processes make images, the main one scores and rates them. The policy must
+    be whole in each (one device or DDP, not FSDP).
 
     Args:
         evaluator: makes and judges the images.
-        every: epochs between evaluations on the first `small` prompts.
+        every: epochs between evaluations while training; the last epoch has one too.
         small: prompts of those evaluations and of the sample grids.
         note: what readers of the report must know about the data.
+        best: the held-out metric by which the best adapter is kept in `best/`, and becomes the run's result. None: the
+            result is the last one.
+        patience: evaluations without a better one after which training stops. None: it goes on to its end.
+
+    Raises:
+        ValueError: a setting makes no sense.
     """
 
-    def __init__(self, evaluator: Evaluator, every: int, small: int, note: str = "") -> None:
+    def __init__(
+        self,
+        evaluator: Evaluator,
+        every: int,
+        small: int,
+        note: str = "",
+        best: str | None = None,
+        patience: int | None = None,
+    ) -> None:
         if every < 1 or small < 1:
             raise ValueError(f"callbacks.held_out.every={every} and small={small} must be at least 1.")
-        self._evaluator, self._every, self._small = evaluator, every, small
-        self._note = note
-        self._base: Evaluation | None = None
+        if patience is not None and (best is None or patience < 1):
+            raise ValueError(
+                f"callbacks.held_out.patience={patience} must be at least 1, and needs a metric: set "
+                "callbacks.held_out.best=mean_rating, or patience=null."
+            )
+        self._evaluator, self._every, self._note = evaluator, every, note
+        self._watched = evaluator.watched[:small]
+        if not self._watched:
+            raise ValueError(
+                f"callbacks.held_out watches prompts of the {evaluator.watch} split (evaluation.watch), where none is. "
+                "Hold some out with prompts.validation, or set callbacks.held_out=null."
+            )
+        if best is not None and (both := set(self._watched) & set(evaluator.prompts)):
+            raise ValueError(
+                f"callbacks.held_out.best={best} would be chosen by prompts that the result is measured on, such as "
+                f"{min(both)!r}: let evaluation.watch={evaluator.watch} be another split than evaluation.split."
+            )
+        self._best = None if best is None else BestAdapter(best, patience)
+        self._base: Evaluation | None = None  # of the final prompts; None on all but the main process
+        self._small: Evaluation | None = None  # of the watched ones
+        self._history: list[Moment] = []
+        self._said: set[str] = set()
         self._seconds = 0.0  # of training, before a resumed run was interrupted
+        self._parts: dict[str, float] = {}  # seconds of the evaluations of this process
         self._started = time.monotonic()
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """The base model's images: the adapter is off, so a resumed run gets the same ones."""
-        if trainer.is_global_zero:
-            assert isinstance(module, PolicyTraining)
-            log.info("evaluating the base model on %d held-out prompts", len(self._evaluator.prompts))
-            with module.policy.reference():
-                self._base = self._evaluate(trainer, module, None, "base model")
+        """The base model's images: the adapter is off, so a resumed run gets the same ones.
+
+        Raises:
+            ValueError: the judge cannot be asked; there is no metric that is called as `best` says.
+        """
+        assert isinstance(module, PolicyTraining)
+        self._evaluator.annotator.check()
+        log.info("evaluating the base model on %d held-out prompts", len(self._evaluator.prompts))
+        with module.policy.reference():
+            self._base = self._evaluate(trainer, module, self._evaluator.prompts, "base model")
+            self._small = self._evaluate(trainer, module, self._watched, "base model")
+        if self._base is not None and self._small is not None:
             log.info("base: %s", "  ".join(f"{name} {value:.3f}" for name, value in self._base.means().items()))
-            if trainer.global_step == 0:
+            names = self._small.metrics()
+            if self._best is not None and self._best.metric not in names:
+                raise ValueError(f"callbacks.held_out.best={self._best.metric!r} is none of {', '.join(names)}.")
+            if not self._history:
+                self._history.append(moment(0, self._small))
                 # Straight to the loggers: what is logged through the module waits for the end of the first epoch.
-                small = self._base.first(self._small * len(self._evaluator.seeds))
-                _log(trainer, "held_out", small.means())
+                _log(trainer, "held_out", self._small.means())
+            if self._best is not None and self._best.epoch:  # the run may go on in another folder
+                self._best.save(Path(trainer.default_root_dir) / "best", module.policy)
         trainer.strategy.barrier()
+        trainer.should_stop = trainer.should_stop or (self._best is not None and self._best.exhausted)
         self._started = time.monotonic()
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """A small evaluation: metrics under `held_out/`, a grid under `samples/`, images to the trackers."""
-        if (trainer.current_epoch + 1) % self._every or not trainer.is_global_zero:
+        done = trainer.current_epoch + 1
+        last = done == trainer.max_epochs or trainer.global_step == trainer.max_steps or trainer.should_stop
+        if done % self._every and not last:
             return
         assert isinstance(module, PolicyTraining)
-        assert self._base is not None, "evaluated when training started"
-        now = self._evaluate(trainer, module, self._small, f"epoch {trainer.current_epoch + 1}")
-        # Through the module, so that a ModelCheckpoint can monitor these: held_out/reward.
-        module.log_dict({f"held_out/{name}": value for name, value in now.means().items()}, rank_zero_only=True)
-        self._show(trainer, now, trainer.current_epoch + 1)
+        now, value = self._evaluate(trainer, module, self._watched, f"epoch {done}"), 0.0
+        if now is not None:
+            means = now.means()
+            value = 0.0 if self._best is None else means[self._best.metric]
+            kl = trainer.callback_metrics.get("train/kl")
+            self._history.append(moment(done, now, None if kl is None else float(kl)))
+            found = self._say(module)
+            means["signs"] = float(sum(sign.severity == "warning" for sign in found))
+            # Through the module, so that a ModelCheckpoint can monitor these: held_out/reward.
+            module.log_dict({f"held_out/{name}": mean for name, mean in means.items()}, rank_zero_only=True)
+            self._show(trainer, now, done)
+        if self._best is None:
+            trainer.strategy.barrier()
+            return
+        if self._best.see(trainer.strategy.broadcast(value), done, module.policy) and trainer.is_global_zero:
+            self._best.save(Path(trainer.default_root_dir) / "best", module.policy)
+        if self._best.exhausted and not last:
+            log.info("stopping after epoch %d: the best by %s is epoch %d", done, self._best.metric, self._best.epoch)
+            trainer.should_stop = True
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """The full comparison, and everything a user takes away from the run."""
-        if not trainer.is_global_zero:
-            return
         assert isinstance(module, PolicyTraining)
-        assert self._base is not None, "evaluated when training started"
         seconds, folder = self._elapsed(), Path(trainer.default_root_dir)
-        (folder / "adapter").mkdir(parents=True, exist_ok=True)
-        module.policy.save_adapter(folder / "adapter")  # first: it survives whatever goes wrong below
-        tuned = self._evaluate(trainer, module, None, "trained model")
-        if trainer.current_epoch % self._every:
-            small = tuned.first(self._small * len(self._evaluator.seeds))
-            _log(trainer, "held_out", small.means())
-            self._show(trainer, small, trainer.current_epoch)
-        changes = compare(self._base, tuned)
+        with nullcontext() if self._best is None else self._best.on(module.policy):
+            if trainer.is_global_zero:
+                (folder / "adapter").mkdir(parents=True, exist_ok=True)
+                module.policy.save_adapter(folder / "adapter")  # first: it survives whatever goes wrong below
+            tuned = self._evaluate(trainer, module, self._evaluator.prompts, "trained model")
+        if tuned is not None:
+            self._conclude(trainer, module, tuned, seconds)
+
+    def _conclude(self, trainer: lightning.Trainer, module: PolicyTraining, tuned: Evaluation, seconds: float) -> None:
+        assert self._base is not None, "evaluated when training started"
+        folder, changes = Path(trainer.default_root_dir), compare(self._base, tuned)
+        categories = by_category(self._base, tuned, self._evaluator.categories)
+        found = signs(self._history, changes, _name(module))
         final = {name: change.difference for name, change in changes.items()}
         _log(trainer, "final", final)
         # For whoever started the run, as a sweep does: logging through the module is over by now.
         trainer.callback_metrics.update({f"final/{name}": torch.tensor(value) for name, value in final.items()})
-        summary = {
+        written = {
             "held_out": as_dict(changes),
+            "categories": {name: as_dict(each) for name, each in categories.items()},
+            "signs": [asdict(sign) for sign in found],
+            "history": summary(self._history),
             "prompts": len(self._evaluator.prompts),
             "images": len(tuned.prompts),
             "epochs": trainer.current_epoch,
             "training_seconds": round(seconds, 1),
         }
-        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if self._best is not None:
+            written["best"] = {"metric": self._best.metric, "epoch": self._best.epoch, "value": self._best.value}
+            log.info("the adapter is that of epoch %d, the best by %s", self._best.epoch, self._best.metric)
+        (folder / "summary.json").write_text(json.dumps(written, indent=2) + "\n")
         print(f"\nHeld-out prompts, base against trained, same seeds\n{as_markdown(changes)}")
-        sampler = self._evaluator.sampler
-        report = write_report(folder, self._base, tuned, changes, sampler=sampler, seconds=seconds, note=self._note)
+        print("".join(f"\n{sign.severity}: {sign.words}" for sign in found))
+        report = write_report(
+            folder,
+            self._base,
+            tuned,
+            changes,
+            sampler=self._evaluator.sampler,
+            seconds={"training": seconds, **self._parts},
+            note=self._note,
+            signs=found,
+            categories=categories,
+        )
         print(f"\nReport: {report}\nAdapter: {folder / 'adapter'}")
 
     def state_dict(self) -> dict[str, Any]:
-        """The wall time so far, so that a resumed run reports all of it."""
-        return {"seconds": self._elapsed()}
+        """The wall time so far, so that a resumed run reports all of it; the evaluations, and the best adapter."""
+        state: dict[str, Any] = {"seconds": self._elapsed(), "history": [each.as_dict() for each in self._history]}
+        return state if self._best is None else state | {"best": self._best.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Reads what `state_dict` gave."""
         self._seconds = state_dict["seconds"]
+        self._history = [Moment(**each) for each in state_dict.get("history", [])]
+        if self._best is not None and "best" in state_dict:
+            self._best.load_state_dict(state_dict["best"])
 
     def _elapsed(self) -> float:
         return self._seconds + time.monotonic() - self._started
 
     def _evaluate(
-        self, trainer: lightning.Trainer, module: PolicyTraining, number: int | None, what: str
-    ) -> Evaluation:
-        total = len(self._evaluator.prompts[:number]) * len(self._evaluator.seeds)
-        quiet = not sys.stderr.isatty()
+        self, trainer: lightning.Trainer, module: PolicyTraining, prompts: list[str], what: str
+    ) -> Evaluation | None:
+        """On the main process; None on the others, which have made their share of the images."""
+        started, rank, ranks = time.monotonic(), trainer.global_rank, trainer.world_size
+        quiet, total = not sys.stderr.isatty(), len(prompts[rank::ranks]) * len(self._evaluator.seeds)
         with (
             trainer.precision_plugin.forward_context(),
             tqdm(total=total, desc=f"held-out images, {what}", unit="img", leave=False, disable=quiet) as bar,
         ):
-            return self._evaluator.evaluate(module.policy, module.reward, number, bar.update)
+            share = (rank, ranks)
+            made = self._evaluator.make(module.policy, prompts, bar.update, share=share) if total else None
+            pixels = _gather(made, len(self._evaluator.seeds), ranks)
+            if pixels is None or not trainer.is_global_zero:
+                return None
+            evaluation = self._evaluator.judge(pixels, module.reward, prompts, module.device)
+        if not what.startswith("epoch"):  # those count as training
+            part = f"{what}'s images"
+            self._parts[part] = self._parts.get(part, 0.0) + time.monotonic() - started
+        return evaluation
+
+    def _say(self, module: PolicyTraining) -> list[Sign]:
+        """New signs to the log; numbers apart, each is said once."""
+        found = signs(self._history, reward=_name(module))
+        for sign in found:
+            if (kind := re.sub(r"[-+\d.%]+", "", sign.words)) not in self._said:
+                self._said.add(kind)
+                log.warning("%s (epoch %d)", sign.words, self._history[-1].epoch)
+        return found
 
     def _show(self, trainer: lightning.Trainer, now: Evaluation, epoch: int) -> None:
         """The policy's images after `epoch` epochs below the base's, as a file and to the trackers."""
-        assert self._base is not None, "evaluated when training started"
-        base = self._base.first(len(now.prompts))
+        assert self._small is not None, "evaluated when training started"
         folder = Path(trainer.default_root_dir) / "samples"
         folder.mkdir(parents=True, exist_ok=True)
-        columns = base.of_first_seed()[:_COLUMNS]
-        grid([base.images[columns], now.images[columns]]).save(folder / f"epoch_{epoch:04d}.png")
-        send_images(trainer.loggers, base, now, trainer.global_step)
+        columns = now.of_first_seed()[:_COLUMNS]
+        grid([self._small.images[columns], now.images[columns]]).save(folder / f"epoch_{epoch:04d}.png")
+        (folder / "prompts.json").write_text(json.dumps([now.prompts[column] for column in columns]))
+        send_images(trainer.loggers, self._small, now, trainer.global_step)
+
+
+def _gather(made: Pixels | None, each: int, ranks: int) -> Pixels | None:
+    """All processes' images, on the main one."""
+    if ranks == 1:
+        return made
+    shares: list[Pixels | None] = [None for _ in range(ranks)]
+    main = distributed.get_rank() == 0
+    distributed.gather_object(made, shares if main else None)
+    return interleave([share for share in shares if share is not None], each) if main else None
+
+
+def _name(module: PolicyTraining) -> str:
+    return f"the trained reward ({type(module.reward).__name__})"
 
 
 def _log(trainer: lightning.Trainer, group: str, values: dict[str, float]) -> None:

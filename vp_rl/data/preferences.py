@@ -2,10 +2,11 @@
 
 import io
 import logging
+import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from vp_rl.types import ASPECTS, Aspect, Images, PreferenceBatch, Split
 from vp_rl.visionprefer import schema
 from vp_rl.visionprefer.build import Builder
-from vp_rl.visionprefer.pairs import RULES, all_pairs, pairs
+from vp_rl.visionprefer.pairs import all_pairs, aspects_of, pairs
 from vp_rl.visionprefer.ratings import COLUMNS, Batch
 
 log = logging.getLogger(__name__)
@@ -40,11 +41,13 @@ class RatedPrompt(NamedTuple):
 class RatedPrompts(Dataset[RatedPrompt]):
     """The prompts of a split that have a pair by the rule; images are read when a prompt is asked for.
 
+    `share`: of them that are used, from the first.
+
     Raises:
         FileNotFoundError, ValueError: see `schema.shards`.
     """
 
-    def __init__(self, folder: Path, split: Split, rule: str) -> None:
+    def __init__(self, folder: Path, split: Split, rule: str, share: float = 1.0) -> None:
         self._rows, self._annotator = schema.Rows(folder, split), schema.about(folder)["annotator"]
         self._wanted: list[int] = []
         first = 0
@@ -53,6 +56,7 @@ class RatedPrompts(Dataset[RatedPrompt]):
                 ratings, _ = Batch(batch).ratings(self._annotator)
                 self._wanted += (first + np.unique(all_pairs(ratings, rule).prompt)).tolist()
                 first += len(ratings)
+        del self._wanted[math.ceil(share * len(self._wanted)) :]
 
     def __len__(self) -> int:
         return len(self._wanted)
@@ -67,7 +71,8 @@ class PreferenceDataModule(lightning.LightningDataModule):
     Args:
         folder: of the dataset.
         batch_size: prompts of each device in a batch.
-        aspects: how ratings become pairs: `pooled`, `mean` or one aspect (see `visionprefer.pairs`).
+        aspects: how ratings become pairs: `pooled`, `mean`, one aspect or several (see `visionprefer.pairs`).
+        share: of the training prompts that are used, from the first: what are more of them worth?
         builder: makes the dataset if the folder is absent; None if it must be there.
         shift: training images are moved by up to so many pixels each way, their edges repeated. A small set is learnt
             by heart without it. 0: they are not.
@@ -75,7 +80,7 @@ class PreferenceDataModule(lightning.LightningDataModule):
         seed: of the order of training.
 
     Raises:
-        ValueError: the rule is unknown.
+        ValueError: the rule is unknown, or the share impossible.
     """
 
     def __init__(
@@ -83,15 +88,17 @@ class PreferenceDataModule(lightning.LightningDataModule):
         folder: str,
         batch_size: int = 16,
         aspects: str = "pooled",
+        share: float = 1.0,
         builder: Builder | None = None,
         shift: int = 0,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if aspects not in RULES:
-            raise ValueError(f"data.aspects={aspects!r} is unknown: choose from {', '.join(RULES)}.")
-        self._folder, self._batch_size, self._rule = Path(folder), batch_size, aspects
+        aspects_of(aspects)
+        if not 0 < share <= 1:
+            raise ValueError(f"data.share={share} must be above 0 and at most 1.")
+        self._folder, self._batch_size, self._rule, self._share = Path(folder), batch_size, aspects, share
         self._builder, self._shift, self._num_workers, self._seed = builder, shift, num_workers, seed
 
     def prepare_data(self) -> None:
@@ -124,28 +131,42 @@ class PreferenceDataModule(lightning.LightningDataModule):
         return self._loader("test", shuffle=False)
 
     def _loader(self, split: Split, shuffle: bool) -> DataLoader:
-        prompts = RatedPrompts(self._folder, split, self._rule)
+        prompts = RatedPrompts(self._folder, split, self._rule, self._share if split == "train" else 1.0)
         if not len(prompts):
             raise ValueError(
                 f"No prompt of the {split} split in '{self._folder}' has two images that data.aspects={self._rule!r} "
                 "ranks differently: there is nothing to learn from. Choose another rule, or build a larger set."
             )
-        trainer = self.trainer
-        sampler = DistributedSampler(
-            prompts,
-            num_replicas=trainer.world_size if trainer else 1,
-            rank=trainer.global_rank if trainer else 0,
-            shuffle=shuffle,
-            seed=zlib.crc32(str(self._seed).encode()),  # the epoch is added to it: neighbouring seeds must not overlap
-        )
-        return DataLoader(
-            prompts,
-            self._batch_size,
-            sampler=sampler,
-            num_workers=self._num_workers,
-            collate_fn=Collate(self._rule, self._shift if shuffle else 0),
-            persistent_workers=self._num_workers > 0,
-        )
+        collate = Collate(self._rule, self._shift if shuffle else 0)
+        return loader(self, prompts, self._batch_size, collate, shuffle, self._seed, self._num_workers)
+
+
+def loader(
+    data: lightning.LightningDataModule,
+    prompts: Dataset[Any],
+    batch_size: int,
+    collate: Callable[[Any], PreferenceBatch],
+    shuffle: bool,
+    seed: int,
+    num_workers: int,
+) -> DataLoader:
+    """Batches of prompts that devices share, as many for each; the order is by seed and epoch alone."""
+    trainer = data.trainer
+    sampler = DistributedSampler(
+        prompts,
+        num_replicas=trainer.world_size if trainer else 1,
+        rank=trainer.global_rank if trainer else 0,
+        shuffle=shuffle,
+        seed=zlib.crc32(str(seed).encode()),  # the epoch is added to it: neighbouring seeds must not overlap
+    )
+    return DataLoader(
+        prompts,
+        batch_size,
+        sampler=sampler,
+        num_workers=num_workers,
+        collate_fn=collate,
+        persistent_workers=num_workers > 0,
+    )
 
 
 class Collate:

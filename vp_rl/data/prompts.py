@@ -28,6 +28,8 @@ class PromptDataModule(lightning.LightningDataModule):
     Args:
         prompts: where they come from.
         batch_size: prompts of each device in a batch.
+        devices_per_prompt: so many devices have the same prompts, and divide the images of each among themselves; more
+            than 1 where there are more devices than prompts are wanted in a batch.
         batches_per_epoch: one is a round of DDPO, or an update of ReFL.
         images: a VisionPrefer folder; the best-rated image of each of its training prompts then comes along, for
             losses that hold the policy near given images. None: no images.
@@ -42,6 +44,7 @@ class PromptDataModule(lightning.LightningDataModule):
         self,
         prompts: PromptSource,
         batch_size: int = 8,
+        devices_per_prompt: int = 1,
         batches_per_epoch: int = 1,
         images: str | None = None,
         images_per_batch: int = 16,
@@ -50,6 +53,7 @@ class PromptDataModule(lightning.LightningDataModule):
         super().__init__()
         for name, value in (
             ("batch_size", batch_size),
+            ("devices_per_prompt", devices_per_prompt),
             ("batches_per_epoch", batches_per_epoch),
             ("images_per_batch", images_per_batch),
         ):
@@ -58,17 +62,20 @@ class PromptDataModule(lightning.LightningDataModule):
             if value < 1:
                 raise ValueError(f"data.{name}={value} must be at least 1.")
         self._source, self._batch_size, self._batches, self._seed = prompts, batch_size, batches_per_epoch, seed
-        self._folder, self._images_per_batch = images, images_per_batch
+        self._folder, self._images_per_batch, self._sharing = images, images_per_batch, devices_per_prompt
 
     def setup(self, stage: str) -> None:
         """Reads the prompts, and the images where they are asked for."""
         self._prompts = list(dict.fromkeys(self._source.split("train")))
         assert self.trainer is not None
-        together = self._batch_size * self.trainer.world_size
+        devices = self.trainer.world_size
+        if devices % self._sharing:
+            raise ValueError(f"data.devices_per_prompt={self._sharing} must divide the number of devices, {devices}.")
+        together = self._batch_size * devices // self._sharing
         if len(self._prompts) < together:
             raise ValueError(
                 f"A batch takes {together} different prompts (data.batch_size={self._batch_size} on each of "
-                f"{self.trainer.world_size} devices), but the train split has {len(self._prompts)}: "
+                f"{devices} devices), but the train split has {len(self._prompts)}: "
                 "give more prompts or lower data.batch_size."
             )
         self._pairs = best_images(Path(self._folder), "train") if self._folder else []
@@ -82,15 +89,15 @@ class PromptDataModule(lightning.LightningDataModule):
                 f"{type(algorithm).__name__} does not train on prompts: choose data=preferences for a reward model "
                 "(experiment=vpscore does), or algorithm=ddpo or refl."
             )
-        shares = self.trainer.global_rank, self.trainer.world_size
-        streams = [
-            Stream(len(items), size, f"{self._seed}/{name}", *shares) if items else None
-            for name, items, size in (
-                ("prompts", self._prompts, self._batch_size),
-                ("images", self._pairs, self._images_per_batch),
-            )
-        ]
-        return algorithm.batches(EpochPrompts(self.trainer, self._prompts, self._pairs, streams, self._batches))
+        rank, devices = self.trainer.global_rank, self.trainer.world_size
+        apart = devices // self._sharing  # have different prompts
+        prompts = Stream(len(self._prompts), self._batch_size, f"{self._seed}/prompts", rank % apart, apart)
+        images = None
+        if self._pairs:
+            images = Stream(len(self._pairs), self._images_per_batch, f"{self._seed}/images", rank, devices)
+        share = rank // apart, self._sharing
+        epoch = EpochPrompts(self.trainer, self._prompts, self._pairs, prompts, images, share, self._batches)
+        return algorithm.batches(epoch)
 
 
 class Stream:
@@ -102,13 +109,15 @@ class Stream:
 
     def __init__(self, number: int, batch_size: int, seed: str, rank: int, world_size: int) -> None:
         self.batch_size, self._number, self._seed = batch_size, number, seed
-        self._rank, self._world_size = rank, world_size
+        self._world_size = world_size
+        self.places = list(range(rank, batch_size * world_size, world_size))
+        """Of this device's items in the batch of all devices: it is dealt out in turn."""
         self._order = lru_cache(maxsize=2)(self._shuffle)
 
     def batch(self, position: int) -> list[int]:
         """The items of this device's batch at a position."""
-        start = position * self.batch_size * self._world_size + self._rank
-        places = [start + step * self._world_size for step in range(self.batch_size)]
+        start = position * self.batch_size * self._world_size
+        places = [start + place for place in self.places]
         return [int(self._order(place // self._number)[place % self._number]) for place in places]
 
     def _shuffle(self, turn: int) -> Tensor:
@@ -124,13 +133,14 @@ class EpochPrompts:
         trainer: lightning.Trainer,
         prompts: Sequence[str],
         pairs: Sequence[tuple[str, Tensor]],
-        streams: Sequence[Stream | None],
+        stream: Stream,
+        images: Stream | None,
+        share: tuple[int, int],
         batches: int,
     ) -> None:
         self._trainer, self._prompts, self._pairs, self._batches = trainer, prompts, pairs, batches
-        stream, self._images = streams
-        assert stream is not None, "setup has refused an empty list of prompts"
-        self._stream, self.batch_size = stream, stream.batch_size
+        self._stream, self._images, self._share = stream, images, share
+        self.batch_size, self.devices_per_prompt = stream.batch_size, share[1]
 
     def __len__(self) -> int:
         return self._batches
@@ -139,8 +149,8 @@ class EpochPrompts:
         for number in range(self._batches):
             position = self._trainer.current_epoch * self._batches + number
             prompts = [self._prompts[item] for item in self._stream.batch(position)]
-            if self._images is None:
-                yield PromptBatch(prompts)
-            else:
+            batch = PromptBatch(prompts, places=self._stream.places, share=self._share)
+            if self._images is not None:
                 captions, images = zip(*(self._pairs[item] for item in self._images.batch(position)), strict=True)
-                yield PromptBatch(prompts, torch.stack(images).float() / 255, list(captions))
+                batch = batch._replace(images=torch.stack(images).float() / 255, captions=list(captions))
+            yield batch

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
-from vp_rl.evaluation.protocols import Outcome
+from vp_rl.data.sets.base import Outcome
 from vp_rl.types import ASPECTS, Aspect
 from vp_rl.visionprefer.pairs import pairs
 
@@ -32,6 +32,7 @@ def pairwise_accuracy(
     ratings: Int[np.ndarray, "images aspects"],
     prompts: Sequence[str],
     tie: float = 0.0,
+    score: Float[np.ndarray, " images"] | None = None,
 ) -> dict[str, Accuracy]:
     """Accuracy by aspect, by the mean over aspects (`mean`), and over all aspects' pairs together (`pooled`).
 
@@ -41,7 +42,9 @@ def pairwise_accuracy(
         prompts: one for each image; pairs are formed within a prompt, and prompts are what is resampled.
         tie: what an equal prediction earns: 0 for a reward, which must tell images apart; 0.5 for a second annotator,
             who may toss a coin.
+        score: what the predictions make together, which is judged by the mean; None: their own mean.
     """
+    whole = predictions.mean(1) if score is None else score
     groups: dict[str, list[int]] = {}
     for image, prompt in enumerate(prompts):
         groups.setdefault(prompt, []).append(image)
@@ -51,11 +54,17 @@ def pairwise_accuracy(
         own: dict[Aspect, list[int]] = {aspect: ratings[images, index].tolist() for index, aspect in enumerate(ASPECTS)}
         for index, rule in enumerate(rules):
             for better, worse, aspect in pairs(own, rule):
-                column = predictions[images].mean(1) if aspect < 0 else predictions[images, aspect]
+                column = whole[images] if aspect < 0 else predictions[images, aspect]
                 gap = column[better] - column[worse]
                 right[index, number] += tie if gap == 0 else gap > 0
                 total[index, number] += 1
     return {rule: share(right[index], total[index]) for index, rule in enumerate(rules)}
+
+
+def preferred(right: Bool[np.ndarray, " pairs"], prompts: Sequence[str]) -> Accuracy:
+    """Of pairs that are given, each with its prompt."""
+    cluster = np.unique(prompts, return_inverse=True)[1]
+    return share(np.bincount(cluster, right).astype(float), np.bincount(cluster).astype(float))
 
 
 def accuracy(outcome: Outcome) -> Accuracy:

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from vp_rl.evaluation import report
 from vp_rl.evaluation.accuracy import Accuracy
 from vp_rl.evaluation.calibration import as_png, as_svg
 from vp_rl.evaluation.human_accuracy import Result
 from vp_rl.evaluation.published import Column, published
+from vp_rl.evaluation.settings import public
 from vp_rl.visionprefer.markdown import Markdown, escape, table
 
 _PAGES = jinja2.Environment(
@@ -72,7 +72,7 @@ def write(results: Sequence[Result], folder: Path, command: str) -> Path:
     (folder / "accuracy.json").write_text(numbers + "\n", encoding="utf-8")
     (folder / "accuracy.md").write_text(_markdown(columns, overview, sections, pictures), encoding="utf-8")
     page = _PAGES.get_template("accuracy.html").render(
-        columns=columns, overview=overview, sections=sections, command=report.public(command)
+        columns=columns, overview=overview, sections=sections, command=public(command)
     )
     (folder / "accuracy.html").write_text(page, encoding="utf-8")
     return folder / "accuracy.html"

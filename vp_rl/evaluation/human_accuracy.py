@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from vp_rl.data.sets.base import HumanSet, Judged, Protocol, Scored
 from vp_rl.evaluation.accuracy import Accuracy, accuracy, share
-from vp_rl.evaluation.protocols import Protocol, Scored, pooled
+from vp_rl.evaluation.protocols import pooled
 from vp_rl.evaluation.scoring import Scores
-from vp_rl.evaluation.sets.base import HumanSet, Judged
 from vp_rl.visionprefer import estimates
 from vp_rl.visionprefer.estimates import Estimate
 

@@ -1,19 +1,35 @@
 """Images for held-out prompts with fixed seeds, scored by the reward and rated by the held-out judge."""
 
 import asyncio
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import get_args
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 
+from vp_rl.evaluation import looks
+from vp_rl.evaluation.store import (
+    NOTHING,
+    Kept,
+    key_of,
+    pack_image,
+    pack_row,
+    same_pixels,
+    unpack_image,
+    unpack_rows,
+)
 from vp_rl.interfaces import Annotator, Policy, PromptSource, Reward
 from vp_rl.sampler import Sampler
-from vp_rl.types import ASPECTS, Split, take
+from vp_rl.types import ASPECTS, Conditioning, Split, take
 from vp_rl.visionprefer.annotate import rate_all
 from vp_rl.visionprefer.generate import as_png, to_uint8
+
+Pixels = UInt8[np.ndarray, "images height width 3"]
+OnBatch = Callable[[int], object]
 
 
 @dataclass(frozen=True)
@@ -24,23 +40,46 @@ class Evaluation:
     """One for each image."""
     seeds: list[int]
     """One for each image."""
-    images: UInt8[np.ndarray, "images height width 3"]
+    images: Pixels
     scores: Float[np.ndarray, " images"]
     """By the reward."""
     ratings: Int[np.ndarray, "images aspects"]
     """By the judge, 1 to 5, in the order of `ASPECTS`."""
     rationales: list[tuple[str, ...]]
     """The judge's reasons for each image, in the order of `ASPECTS`."""
+    panel: dict[str, Float[np.ndarray, " images"]] = field(default_factory=dict)
+    """By other rewards, by their names."""
 
     def metrics(self) -> dict[str, Float[np.ndarray, " images"]]:
-        """Everything that is compared, by name, for each image; `correct` is 1 where prompt following is rated 5."""
+        """Everything better or worse, by name, for each image; `correct` is 1 where prompt following is rated 5."""
         by_aspect = {aspect: self.ratings[:, index].astype(float) for index, aspect in enumerate(ASPECTS)}
         return {
             "reward": self.scores.astype(float),
             **by_aspect,
             "mean_rating": self.ratings.mean(1),
             "correct": (by_aspect["prompt_following"] == 5).astype(float),
+            **{f"panel/{name}": scores.astype(float) for name, scores in self.panel.items()},
         }
+
+    @cached_property
+    def prompt(self) -> Int[np.ndarray, " images"]:
+        """The number of each image's prompt."""
+        return np.unique(self.prompts, return_inverse=True)[1]
+
+    @cached_property
+    def features(self) -> Float[np.ndarray, "images features"]:
+        """Of each image: see `looks.coarse`."""
+        return looks.coarse(self.images)
+
+    @cached_property
+    def looks(self) -> dict[str, Float[np.ndarray, " images"]]:
+        """What the images look like, neither good nor bad; what takes several seeds or prompts is there with them."""
+        several = {
+            "diversity": looks.diversity(self.features, self.prompt),
+            "spread": looks.spread(self.features, self.seeds),
+        }
+        found = looks.appearance(self.images) | {name: each for name, each in several.items() if each is not None}
+        return {f"look/{name}": values for name, values in found.items()}
 
     def means(self) -> dict[str, float]:
         """The metrics averaged over images."""
@@ -50,21 +89,44 @@ class Evaluation:
         """The place of one image of each prompt."""
         return np.flatnonzero(np.array(self.seeds) == self.seeds[0])
 
-    def first(self, images: int) -> "Evaluation":
-        """The first images only."""
+    def rows(self, chosen: Sequence[int] | Int[np.ndarray, " rows"]) -> "Evaluation":
+        """Some of the images, in that order."""
         return Evaluation(
-            self.prompts[:images],
-            self.seeds[:images],
-            self.images[:images],
-            self.scores[:images],
-            self.ratings[:images],
-            self.rationales[:images],
+            [self.prompts[row] for row in chosen],
+            [self.seeds[row] for row in chosen],
+            self.images[chosen],
+            self.scores[chosen],
+            self.ratings[chosen],
+            [self.rationales[row] for row in chosen],
+            {name: scores[chosen] for name, scores in self.panel.items()},
         )
+
+
+def interleave(shares: Sequence[np.ndarray], each: int) -> UInt8[np.ndarray, "whole height width 3"]:
+    """The whole of which every share has each n-th prompt's images: see `Evaluator.make`.
+
+    Args:
+        shares: of the first process, of the second, and so on.
+        each: images of a prompt.
+    """
+    size = shares[0].shape[1:]
+    whole = np.empty((sum(map(len, shares)) // each, each, *size), np.uint8)
+    for first, share in enumerate(shares):
+        whole[first :: len(shares)] = share.reshape(-1, each, *size)
+    return whole.reshape(-1, *size)
 
 
 def noise_seed(place: int, seed: int) -> int:
     """What an image's random numbers start from: its prompt's place in the evaluation and its seed, nothing else."""
     return 1_000_003 * seed + place
+
+
+class _Row(NamedTuple):
+    """An image to be made."""
+
+    prompt: str
+    seed: int
+    noise: int
 
 
 class Evaluator:
@@ -78,6 +140,8 @@ class Evaluator:
         limit: how many of them at most; None is all.
         seeds: one image of each prompt for each seed.
         batch_size: images made at once; does not change them.
+        watch: the split that is looked at while training, so that choosing by it leaves `split` for the end.
+        panel: other rewards beside the trained one, by the names they get.
 
     Raises:
         ValueError: there is no image to make.
@@ -92,58 +156,169 @@ class Evaluator:
         limit: int | None = 128,
         seeds: Iterable[int] = (0,),
         batch_size: int = 64,
+        watch: Split = "validation",
+        panel: Mapping[str, Reward] | None = None,
     ) -> None:
-        if split not in get_args(Split):
-            raise ValueError(f"evaluation.split={split!r} is unknown: choose from {', '.join(get_args(Split))}.")
+        for name, chosen in (("split", split), ("watch", watch)):
+            if chosen not in get_args(Split):
+                raise ValueError(f"evaluation.{name}={chosen!r} is unknown: choose from {', '.join(get_args(Split))}.")
         # Each prompt once: prompts are what intervals resample, so a repeated one would count as new evidence.
         self.prompts = list(dict.fromkeys(prompts.split(split)))[:limit]
+        self.watched = list(dict.fromkeys(prompts.split(watch)))[:limit]
         self.seeds = tuple(seeds)
         if not self.prompts or not self.seeds or batch_size < 1:
             raise ValueError(
                 f"The evaluation has no image to make: {len(self.prompts)} prompts in the {split} split, "
                 f"evaluation.limit={limit}, evaluation.seeds={list(self.seeds)}, evaluation.batch_size={batch_size}."
             )
-        self.sampler, self._annotator, self._batch_size = sampler, annotator, batch_size
+        if panel and "reward" in panel:
+            raise ValueError("evaluation.panel.reward would be mixed up with the trained reward: call it otherwise.")
+        self.watch = watch
+        self._source = prompts
+        self.sampler, self.annotator, self.panel = sampler, annotator, dict(panel or {})
+        self._batch_size = batch_size
 
-    @torch.no_grad()
+    @cached_property
+    def categories(self) -> Mapping[str, str]:
+        """The category of each prompt that has one."""
+        found = {prompt: self._source.category(prompt) for prompt in self.prompts}
+        return {prompt: name for prompt, name in found.items() if name}
+
     def evaluate(
         self,
         policy: Policy,
         reward: Reward,
-        number: int | None = None,
-        on_batch: Callable[[int], object] = lambda images: None,
+        prompts: Sequence[str] | None = None,
+        on_batch: OnBatch = lambda images: None,
+        kept: Kept = NOTHING,
     ) -> Evaluation:
-        """Samples, scores and rates. Nothing is kept on the device, and no global random numbers are drawn.
+        """Samples, scores and rates; see `make` and `judge`."""
+        chosen = self.prompts if prompts is None else prompts
+        pixels = self.make(policy, chosen, on_batch, kept=kept)
+        return self.judge(pixels, reward, chosen, next(policy.parameters()).device, kept)
+
+    @torch.no_grad()
+    def make(
+        self,
+        policy: Policy,
+        prompts: Sequence[str],
+        on_batch: OnBatch = lambda images: None,
+        *,
+        share: tuple[int, int] = (0, 1),
+        kept: Kept = NOTHING,
+    ) -> Pixels:
+        """The images, a prompt's next to each other. No global random numbers are drawn.
 
         Args:
             policy: what makes the images.
-            reward: what scores them.
-            number: how many prompts, from the first; None is all.
-            on_batch: called with the number of images that were just made.
+            prompts: what for.
+            on_batch: called with the number of images that were just made, or found.
+            share: (i, n): of n processes this is number i, which makes those of every n-th prompt from the i-th. There
+                must be one; `interleave` puts the shares together.
+            kept: what was made before, and is not made again.
         """
-        unique = self.prompts[:number]
-        prompts = [prompt for prompt in unique for _ in self.seeds]
-        conditioning = policy.encode(unique)
-        device = next(iter(conditioning.values())).device
-        images, scores = [], []
-        for rows in torch.arange(len(prompts)).split(self._batch_size):
-            encoded = take(conditioning, (rows // len(self.seeds)).to(device))
-            made = policy.decode(self.sampler.sample(policy, encoded, [self._noise(row) for row in rows.tolist()]))
-            images.append(to_uint8(made))
-            scores.append(reward(made, [prompts[row] for row in rows.tolist()]).float().cpu().numpy())
-            on_batch(len(rows))
-        pixels = np.concatenate(images)
-        ratings, rationales = self._rate(unique, pixels)
-        return Evaluation(prompts, list(self.seeds) * len(unique), pixels, np.concatenate(scores), ratings, rationales)
+        rows = self._rows(prompts, share)
+        keys = [key_of("image", kept.policy, asdict(self.sampler), row.prompt, row.noise) for row in rows]
+        made = {key: unpack_image(data) for key, data in kept.store.get(keys).items()}
+        on_batch(len(made))
+        missing = [number for number, key in enumerate(keys) if key not in made]
+        different = list(dict.fromkeys(rows[number].prompt for number in missing))
+        conditioning = self._encode(policy, different, kept) if different else {}
+        for some in (missing[i : i + self._batch_size] for i in range(0, len(missing), self._batch_size)):
+            device = next(iter(conditioning.values())).device
+            places = torch.tensor([different.index(rows[number].prompt) for number in some], device=device)
+            noise = [torch.Generator().manual_seed(rows[number].noise) for number in some]
+            images = to_uint8(policy.decode(self.sampler.sample(policy, take(conditioning, places), noise)))
+            new = dict(zip((keys[number] for number in some), images, strict=True))
+            kept.store.put((key, pack_image(image)) for key, image in new.items())
+            made |= new
+            on_batch(len(some))
+        return np.stack([made[key] for key in keys])
 
-    def _noise(self, row: int) -> torch.Generator:
-        place, seed = divmod(row, len(self.seeds))
-        return torch.Generator().manual_seed(noise_seed(place, self.seeds[seed]))
+    @torch.no_grad()
+    def judge(
+        self, pixels: Pixels, reward: Reward, prompts: Sequence[str], device: torch.device, kept: Kept = NOTHING
+    ) -> Evaluation:
+        """Scores and rates what `make` made. Rewards see images in 8 bits a colour, as users do.
 
-    def _rate(self, prompts: list[str], pixels: np.ndarray) -> tuple[np.ndarray, list[tuple[str, ...]]]:
-        each = len(self.seeds)
-        pictures = [[as_png(image) for image in pixels[i * each : (i + 1) * each]] for i in range(len(prompts))]
-        rated = asyncio.run(rate_all(self._annotator, prompts, pictures, quiet=True))
-        by_image = [[row[aspect][seed] for aspect in ASPECTS] for row in rated for seed in range(each)]
-        ratings = np.array([[rating.rating for rating in image] for image in by_image])
-        return ratings, [tuple(rating.rationale for rating in image) for image in by_image]
+        Args:
+            pixels: the images.
+            reward: what scores them, beside the panel.
+            prompts: theirs.
+            device: where rewards work; the panel stays there.
+            kept: what was scored and rated before, and is not again.
+        """
+        rows = self._rows(prompts)
+        names = [same_pixels(image) for image in pixels]
+        scores = {
+            name: self._scores(each.to(device), pixels, rows, device, kept, name, names)
+            for name, each in {"reward": reward, **self.panel}.items()
+        }
+        ratings, rationales = self._rate(prompts, pixels, kept, names)
+        return Evaluation(
+            [row.prompt for row in rows],
+            [row.seed for row in rows],
+            pixels,
+            scores.pop("reward"),
+            ratings,
+            rationales,
+            scores,
+        )
+
+    def _rows(self, prompts: Sequence[str], share: tuple[int, int] = (0, 1)) -> list[_Row]:
+        places = list(enumerate(prompts))[share[0] :: share[1]]
+        return [_Row(prompt, seed, noise_seed(place, seed)) for place, prompt in places for seed in self.seeds]
+
+    def _encode(self, policy: Policy, prompts: list[str], kept: Kept) -> Conditioning:
+        keys = [key_of("text", kept.text, prompt) for prompt in prompts]
+        found = kept.store.get(keys)
+        if len(found) == len(keys):
+            return unpack_rows([found[key] for key in keys], next(policy.parameters()).device)
+        conditioning = policy.encode(prompts)
+        kept.store.put((key, pack_row(conditioning, row)) for row, key in enumerate(keys))
+        return conditioning
+
+    def _scores(
+        self,
+        reward: Reward,
+        pixels: Pixels,
+        rows: Sequence[_Row],
+        device: torch.device,
+        kept: Kept,
+        name: str,
+        names: Sequence[str],
+    ) -> Float[np.ndarray, " images"]:
+        who = kept.rewards.get(name, "")
+        keys = [key_of("score", who, row.prompt, image) for row, image in zip(rows, names, strict=True)]
+        found = {key: np.frombuffer(data, np.float32)[0] for key, data in kept.store.get(keys).items()}
+        missing = [number for number, key in enumerate(keys) if key not in found]
+        for some in (missing[i : i + self._batch_size] for i in range(0, len(missing), self._batch_size)):
+            images = torch.from_numpy(pixels[some]).to(device).permute(0, 3, 1, 2).float() / 255
+            scores = reward(images, [rows[number].prompt for number in some]).float().cpu().numpy()
+            new = {keys[number]: score for number, score in zip(some, scores, strict=True)}
+            kept.store.put((key, score.tobytes()) for key, score in new.items())
+            found |= new
+        return np.array([found[key] for key in keys], np.float32)
+
+    def _rate(
+        self, prompts: Sequence[str], pixels: Pixels, kept: Kept, names: Sequence[str]
+    ) -> tuple[np.ndarray, list[tuple[str, ...]]]:
+        each, judge = len(self.seeds), self.annotator
+        own = [slice(i * each, (i + 1) * each) for i in range(len(prompts))]
+        keys = [
+            key_of("rating", judge.name, judge.version, prompt, list(names[rows]))
+            for prompt, rows in zip(prompts, own, strict=True)
+        ]
+        found = {key: json.loads(data) for key, data in kept.store.get(keys).items()}
+        missing = [number for number, key in enumerate(keys) if key not in found]
+        pictures = ([as_png(image) for image in pixels[own[number]]] for number in missing)
+        rated = asyncio.run(rate_all(judge, [prompts[number] for number in missing], pictures, quiet=True))
+        new = {
+            keys[number]: [[list(row[aspect][image]) for aspect in ASPECTS] for image in range(each)]
+            for number, row in zip(missing, rated, strict=True)
+        }
+        kept.store.put((key, json.dumps(value).encode()) for key, value in new.items())
+        found |= new
+        by_image = [image for key in keys for image in found[key]]
+        ratings = np.array([[rating for rating, _ in image] for image in by_image])
+        return ratings, [tuple(reason for _, reason in image) for image in by_image]

@@ -5,10 +5,11 @@ That one form makes one bootstrap over prompts serve them all. Ranks are people'
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
+
+from vp_rl.data.sets.base import Outcome, Scored
 
 POOLED = "pooled pairs"
 PROMPTS = "mean over prompts"
@@ -17,32 +18,6 @@ TIES = "Pick-a-Pic's ties"
 
 THRESHOLDS = tuple(step / 10 for step in range(11))
 """Candidates for Pick-a-Pic's tie threshold."""
-
-
-class Scored(NamedTuple):
-    """One prompt's images as people ranked them and as a reward scored them."""
-
-    prompt: str
-    """Prompts of the same text are one when intervals are worked out."""
-    ranks: Float[np.ndarray, " images"]
-    scores: Float[np.ndarray, " images"]
-    tuning: bool = False
-    """A protocol may choose a setting on it, and never reports it."""
-
-
-class Outcome(NamedTuple):
-    """What was earned of what could be, by prompt; a prompt that nothing can be earned on counts for nothing."""
-
-    earned: Float[np.ndarray, " prompts"]
-    possible: Float[np.ndarray, " prompts"]
-    prompts: list[str]
-    protocol: str
-    """Its name, as in `published`."""
-    note: str = ""
-    """What a reader must know to read the number."""
-
-
-Protocol = Callable[[Sequence[Scored]], Outcome]
 
 
 def pooled(scored: Sequence[Scored]) -> Outcome:

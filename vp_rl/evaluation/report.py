@@ -1,62 +1,56 @@
 """The page that a run leaves: self-contained, readable offline, failures shown beside successes."""
 
 import base64
-import csv
+import hashlib
 import io
+import os
 import platform
-import re
-import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
-import matplotlib
 import numpy as np
 import torch
-import yaml
-from matplotlib.figure import Figure
 from PIL import Image
 
+from vp_rl.evaluation import settings
 from vp_rl.evaluation.compare import Change
+from vp_rl.evaluation.curves import curves, history, phases
 from vp_rl.evaluation.images import Evaluation, noise_seed
+from vp_rl.evaluation.signs import Sign
+from vp_rl.evaluation.verdict import LOOK, PANEL, direction, interval, label, number, verdicts
 from vp_rl.sampler import Sampler
 from vp_rl.scenes import tiny
 from vp_rl.types import ASPECTS
 
-_LABELS = {
-    "reward": "Reward (trained for)",
-    "prompt_following": "Prompt following",
-    "aesthetic": "Aesthetic",
-    "fidelity": "Fidelity",
-    "harmlessness": "Harmlessness",
-    "mean_rating": "Mean of the four",
-    "correct": "Fully correct images",
-}
 _CARDS = 12  # images of each kind in the page
 _PIXELS = 256  # longest side of an image in the page
-_CURVES = {
-    "train/reward": "Reward while training",
-    "held_out/reward": "Reward on held-out prompts",
-    "held_out/mean_rating": "Judge's mean rating on held-out prompts",
-    "held_out/correct": "Fully correct on held-out prompts, share",
-    "train/kl": "KL to the base model, per step",
-}
-_PAGES = jinja2.Environment(
+_PACKAGES = ("vp_rl", "torch", "diffusers", "transformers", "peft", "lightning")
+_FLOW = ("vp_rl.policies.sd3.", "vp_rl.policies.flux.")  # whose pipelines come with the sampler that is used here
+
+
+def _sha256(text: str) -> str:
+    """What a content security policy names a script by."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
+PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("vp_rl.evaluation", "."), autoescape=True, undefined=jinja2.StrictUndefined
 )
-_PACKAGES = ("vp_rl", "torch", "diffusers", "transformers", "peft", "lightning")
+PAGES.filters["sha256"] = _sha256
 
 
 class Row(NamedTuple):
-    """One metric's line of the comparison, formatted."""
+    """One line of a comparison, formatted."""
 
     label: str
     base: str
     tuned: str
     change: str
     interval: str
-    direction: str  # `up` or `down` where the interval excludes 0, else `even`
+    direction: str  # `up` or `down` where the interval excludes 0 (`moved`, where neither is better), else `even`
     bar: tuple[float, float, float]  # low, difference and high as percent of the plot's width; 50 is no change
     shares: tuple[float, float, float]  # percent of the images that rose, stayed, fell
 
@@ -68,58 +62,99 @@ def write_report(
     changes: dict[str, Change],
     *,
     sampler: Sampler,
-    seconds: float,
+    seconds: float | Mapping[str, float],
     note: str = "",
+    signs: Sequence[Sign] = (),
+    categories: Mapping[str, Mapping[str, Change]] | None = None,
 ) -> Path:
     """Writes `report.html` into the run's folder and returns its path.
 
     Args:
         folder: with `metrics*.csv` and `.hydra/`, where the run wrote them.
         base, tuned: the same prompts and seeds before and after.
-        changes: their comparison.
+        changes: their comparison; other rewards than the one trained for are named `panel/NAME`.
         sampler: what made the images.
-        seconds: wall time of training.
-        note: shown at the top.
+        seconds: wall time of training, or of each part of the run by its name.
+        note: what readers must know of the data.
+        signs: of an exploited reward.
+        categories: the comparison within each category of prompts.
     """
-    command, settings, policy = _settings(folder)
-    above = folder.parent.parent if folder.name.isdigit() else folder.parent  # a sweep's jobs are one level deeper
-    page = _PAGES.get_template("report.html").render(
-        name=above.name or folder.name,
-        date=folder.relative_to(above),
+    run, values = settings.read(folder), history(folder)
+    parts = seconds if isinstance(seconds, Mapping) else {"training": seconds}
+    prompts = len(set(base.prompts))
+    page = PAGES.get_template("report.html").render(
+        title=run.title,
+        date=f"{folder.parent.name}, job {folder.name}" if folder.name.isdigit() else folder.name,
         note=note,
-        prompts=len(set(base.prompts)),
+        prompts=prompts,
         images=len(base.prompts),
-        rows={name: _row(name, changes) for name in changes},
+        verdicts=verdicts(changes, prompts, signs, categories),
+        rows=_rows(changes),
+        groups=_groups(changes),
+        categories=_by_category(categories or {}),
+        signs=sorted(signs, key=lambda sign: sign.severity != "warning"),
         **_galleries(base, tuned),
-        curves=_curves(folder),
-        command=command,
-        settings=settings,
-        code=_code(policy, sampler, base.prompts[0], base.seeds[0]),
-        minutes=seconds / 60,
-        machine=torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        curves=curves(values, signs),
+        run=run,
+        code=_code(run.policy, sampler, base.prompts[0], base.seeds[0]),
+        parts={name: duration(each) for name, each in parts.items()},
+        total=duration(sum(parts.values())),
+        phases=phases(values),
+        machine=_machine(),
         versions={"Python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
 
 
-def _row(name: str, changes: dict[str, Change]) -> Row:
-    change, percent = changes[name], name == "correct"
-    scale, signed, plain = (100, "+.0f", "{:.0f}%") if percent else (1, "+.2f", "{:.2f}")
-    # Ratings share a scale, so that their bars can be compared; reward and share have scales of their own.
-    rated = changes.keys() - {"reward", "correct"}
-    peers = [changes[key] for key in rated] if name in rated else [change]
-    reach = max(max(abs(peer.low), abs(peer.high)) for peer in peers) or 1.0
+def row(name: str, change: Change, peers: Iterable[Change], called: str = "") -> Row:
+    """A metric's line.
+
+    Args:
+        name: of the metric.
+        change: of that.
+        peers: what its bar is drawn on the same scale as.
+        called: instead of the metric's label.
+    """
+    reach = max(max(abs(peer.low), abs(peer.high), abs(peer.difference)) for peer in peers) or 1.0
     return Row(
-        label=_LABELS[name],
-        base=plain.format(scale * change.base),
-        tuned=plain.format(scale * change.tuned),
-        change=f"{scale * change.difference:{signed}}" + (" points" if percent else ""),
-        interval=f"[{scale * change.low:{signed}}, {scale * change.high:{signed}}]",
-        direction="even" if not change.significant else "up" if change.low > 0 else "down",
+        label=called or label(name),
+        base=number(change.base, change, name),
+        tuned=number(change.tuned, change, name),
+        change=number(change.difference, change, name, signed=True) + (" points" if name == "correct" else ""),
+        interval=interval(change, name),
+        direction="moved" if name.startswith(LOOK) and change.significant else direction(change),
         bar=(50 + 48 * change.low / reach, 50 + 48 * change.difference / reach, 50 + 48 * change.high / reach),
         shares=(100 * change.win, 100 * change.tie, 100 * change.loss),
     )
+
+
+def _rows(changes: Mapping[str, Change]) -> dict[str, Row]:
+    """Ratings share a scale, so that their bars can be compared; rewards and shares have scales of their own."""
+    rated = changes.keys() & {*ASPECTS, "mean_rating"}
+    peers = [changes[name] for name in rated]
+    return {name: row(name, change, peers if name in rated else [change]) for name, change in changes.items()}
+
+
+def _groups(changes: Mapping[str, Change]) -> dict[str, list[str]]:
+    """The metrics' names below the table's headings."""
+    groups = {
+        "Trained for": [name for name in changes if name == "reward"],
+        "By the held-out judge": [name for name in changes if name != "reward" and not name.startswith((PANEL, LOOK))],
+        "By other rewards": [name for name in changes if name.startswith(PANEL)],
+        "What images look like: neither more nor less is better": [name for name in changes if name.startswith(LOOK)],
+    }
+    return {title: names for title, names in groups.items() if names}
+
+
+def _by_category(categories: Mapping[str, Mapping[str, Change]]) -> dict[str, list[Row]]:
+    """The lines of each metric that is worth telling apart by category, in bars of one scale."""
+    tables = {}
+    for name in ("mean_rating", "correct"):
+        own = {category: changes[name] for category, changes in categories.items() if name in changes}
+        if own:
+            tables[label(name)] = [row(name, each, own.values(), called) for called, each in own.items()]
+    return tables
 
 
 def _galleries(base: Evaluation, tuned: Evaluation) -> dict[str, list[dict[str, Any]]]:
@@ -135,68 +170,74 @@ def _galleries(base: Evaluation, tuned: Evaluation) -> dict[str, list[dict[str, 
 
 
 def _card(base: Evaluation, tuned: Evaluation, index: int) -> dict[str, Any]:
-    before, after = (
-        {
-            "image": _embed(side.images[index]),
-            "reward": side.scores[index],
-            "rating": side.ratings[index].mean(),
-            "correct": side.ratings[index, 0] == 5,
-        }
-        for side in (base, tuned)
-    )
-    sides = (base.ratings[index], tuned.ratings[index], base.rationales[index], tuned.rationales[index])
+    sides = []
+    for side in (base, tuned):
+        others = {label(name): each[index] for name, each in side.metrics().items() if name.startswith(PANEL)}
+        sides.append(
+            {
+                "image": embed(Image.fromarray(side.images[index])),
+                "scores": {"reward": side.scores[index], **others},
+                "rating": side.ratings[index].mean(),
+                "correct": side.ratings[index, 0] == 5,
+            }
+        )
+    said = (base.ratings[index], tuned.ratings[index], base.rationales[index], tuned.rationales[index])
     return {
         "prompt": base.prompts[index],
-        "before": before,
-        "after": after,
+        "seed": base.seeds[index],
+        "before": sides[0],
+        "after": sides[1],
+        "gain": sides[1]["rating"] - sides[0]["rating"],
         "small": max(base.images.shape[1:3]) < _PIXELS // 2,
-        "verdicts": list(zip(ASPECTS, *sides, strict=True)),
+        "verdicts": list(zip(ASPECTS, *said, strict=True)),
     }
 
 
-def _embed(pixels: np.ndarray) -> str:
-    image = Image.fromarray(pixels)
-    image.thumbnail((_PIXELS, _PIXELS))
+def embed(image: Image.Image, width: int = _PIXELS, height: int = _PIXELS) -> str:
+    """As a URL that holds the image itself, made smaller where it is larger."""
+    image.thumbnail((width, height))
     buffer = io.BytesIO()
-    image.save(buffer, format="webp", quality=85, lossless=max(image.size) <= _PIXELS // 2)
+    image.save(buffer, format="webp", quality=85, lossless=image.height <= _PIXELS // 2)
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _settings(folder: Path) -> tuple[str, str, dict[str, Any]]:
-    """Command, configuration and the policy's part of it, from the files that Hydra writes before a run.
-
-    Interpolations are unresolved there, so no environment variable gets into the page.
-    """
-    config, overrides = folder / ".hydra" / "config.yaml", folder / ".hydra" / "overrides.yaml"
-    text = config.read_text(encoding="utf-8") if config.is_file() else ""
-    given = yaml.safe_load(overrides.read_text(encoding="utf-8")) if overrides.is_file() else []
-    tree = yaml.safe_load(text) or {}
-    command = shlex.join(["python", "train.py", *given]) if given else ""
-    return public(command), public(text), tree.get("policy", {})
+def duration(seconds: float) -> str:
+    """As people say it."""
+    if seconds < 60:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def _code(policy: dict[str, Any], sampler: Sampler, prompt: str, seed: int) -> str:
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return f"{device}, {os.cpu_count()} CPU cores, {platform.system()} {platform.machine()}"
+
+
+def _code(policy: Mapping[str, Any], sampler: Sampler, prompt: str, seed: int) -> str:
     """Plain diffusers, which makes the image for the first prompt again."""
     path = str(policy.get("path", "the base model"))
-    embedded = path in tiny.NAMES
-    source = f"resolve({path!r})" if embedded else repr(public(path))
+    embedded, flow = path in tiny.NAMES, str(policy.get("_target_", "")).startswith(_FLOW)
+    source = f"resolve({path!r})" if embedded else repr(path)
     dtype = policy.get("dtype", "float32")  # said, since text encoders load in the type they were saved in
+    which = "".join(f"{name}={policy[name]!r}, " for name in ("variant", "revision") if policy.get(name))
     call = {
         "num_inference_steps": sampler.steps,
         "guidance_scale": sampler.guidance,
-        "eta": sampler.eta or None,
+        "eta": sampler.eta or None if not flow else None,
         "negative_prompt": policy.get("negative_prompt") or None,
+        "max_sequence_length": policy.get("t5_tokens"),
         "height": policy.get("resolution"),
         "width": policy.get("resolution"),
     }
     lines = [
         "import torch",
-        "from diffusers import DDIMScheduler, DiffusionPipeline",
+        f"from diffusers import {'' if flow else 'DDIMScheduler, '}DiffusionPipeline",
         *(["from vp_rl.scenes.tiny import resolve  # where the embedded model lies"] if embedded else []),
         "",
-        f"pipeline = DiffusionPipeline.from_pretrained({source}, dtype=torch.{dtype})",
-        "pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)",
+        f"pipeline = DiffusionPipeline.from_pretrained({source}, {which}dtype=torch.{dtype})",
+        *([] if flow else ["pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)"]),
         'pipeline.load_lora_weights("adapter")  # in this run\'s folder',
+        *([] if embedded else ['pipeline.to("cuda")']),
         "image = pipeline(",
         f"    {prompt!r},",
         *(f"    {name}={value!r}," for name, value in call.items() if value is not None),
@@ -204,46 +245,3 @@ def _code(policy: dict[str, Any], sampler: Sampler, prompt: str, seed: int) -> s
         ").images[0]",
     ]
     return "\n".join(lines)
-
-
-def public(text: str) -> str:
-    """Without what a report must not give away: credentials, hosts, and the folders above a file."""
-    secret = r"(?i)([\w.]*(?:(?:api|access|secret|private)_?key|token|secret|password)['\"]?\s*[:=][ \t]*)[^\s#]+"
-    text = re.sub(secret, r"\1(hidden)", text)
-    text = re.sub(r"://[^\s/'\"]+", "://(host)", text)
-    return re.sub(r"(?<![\w:/.)}~])~?/(?:[^\s/'\"]+/)+(?=[^\s/'\"])", "…/", text)
-
-
-def _curves(folder: Path) -> list[tuple[str, str]]:
-    """(title, SVG) of what the CSV logger wrote; a later line for the same epoch replaces an earlier one."""
-    series: dict[str, dict[float, float]] = {name: {} for name in _CURVES}
-    for file in sorted(folder.glob("metrics*.csv")):
-        with file.open(newline="") as handle:
-            for row in csv.DictReader(handle):
-                for name, points in series.items():
-                    if row.get(name) and row.get("epoch"):
-                        points[float(row["epoch"]) + 1] = float(row[name])  # after how many epochs
-    return [(_CURVES[name], _plot(sorted(points.items()))) for name, points in series.items() if len(points) > 1]
-
-
-def _plot(points: list[tuple[float, float]]) -> str:
-    """An SVG whose colours are the page's, light or dark."""
-    ink, line = "#010203", "#040506"  # stand-ins, replaced below: matplotlib takes no CSS colours
-    colors = {f"{part}.color": ink for part in ("text", "xtick", "ytick", "grid")}
-    style = {"svg.fonttype": "none", "svg.hashsalt": "vp_rl", "axes.labelcolor": ink, "axes.edgecolor": ink, **colors}
-    with matplotlib.rc_context(style):  # type: ignore[arg-type]
-        figure = Figure(figsize=(4.4, 2.5), layout="constrained")
-        axes = figure.subplots()
-        marker = {"marker": "o", "markersize": 3.5} if len(points) <= 30 else {}
-        axes.plot(*zip(*points, strict=True), color=line, linewidth=2, **marker)
-        axes.set_xlabel("epochs")
-        axes.locator_params(axis="both", integer=False, nbins=5)
-        axes.spines[["top", "right", "left"]].set_visible(False)
-        axes.tick_params(length=0)
-        axes.grid(alpha=0.15)
-        figure.patch.set_visible(False)
-        axes.patch.set_visible(False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
-    return text[text.index("<svg") :].replace(ink, "currentColor").replace(line, "var(--accent)")

@@ -6,6 +6,7 @@ size, so that nothing resizes them but the reward's own preprocessing. Scores ar
 
 import hashlib
 import io
+import json
 import os
 import sys
 import time
@@ -13,7 +14,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow
@@ -23,7 +24,7 @@ from jaxtyping import UInt8
 from PIL import Image, UnidentifiedImageError
 from tqdm import tqdm
 
-from vp_rl.evaluation.sets.base import HumanSet, Judged
+from vp_rl.data.sets.base import HumanSet, Judged
 from vp_rl.interfaces import Reward
 
 _WAITING = 4  # batches' worth of images that wait for others of their size
@@ -75,6 +76,36 @@ class Scorer:
         except (RuntimeError, AssertionError) as error:  # no such device, or torch was built without it
             raise ValueError(f"device={device!r} cannot be used, give auto, cpu or cuda: {error}") from error
         self._batch_size, self._threads = batch_size, threads
+
+    def settle(self, human: HumanSet, judged: Sequence[Judged], file: Path) -> None:
+        """Fixes what a reward still takes of the images that it sees, as `weighted` does its statistics.
+
+        They are taken of the set's first images, whose scores are thrown away, and kept in the file: all scores are
+        on one scale, and those of an evaluation that was stopped and goes on too.
+
+        Raises:
+            ValueError: the set has too few images for it.
+        """
+        before = _memory(self._reward)
+        if not before:
+            return
+        if file.is_file():
+            self._reward.load_state_dict({**self._reward.state_dict(), **json.loads(file.read_text())})
+            return
+        prompts = wanted(judged)
+        for _ in self.score(human.read(prompts.keys()), prompts, {}):
+            before, previous = _memory(self._reward), before
+            if before == previous:
+                break
+        else:
+            raise ValueError(
+                f"{human.title} has too few images for {type(self._reward).__name__} to take statistics of: name a "
+                "larger set first, lower its warmup, or give it statistics."
+            )
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(before))
+        os.replace(unfinished, file)
 
     def score(
         self, files: Iterable[tuple[str, bytes]], prompts: Mapping[str, Sequence[str]], unreadable: dict[str, str]
@@ -136,6 +167,11 @@ class Scorer:
                 "accuracy can be worked out. Its weights may be damaged, or its precision too low."
             )
         return [Score(*row) for row in zip(names, prompts, scores.tolist(), strict=True)]
+
+
+def _memory(reward: Reward) -> dict[str, Any]:
+    """What a reward's state has beside its weights."""
+    return {name: value for name, value in reward.state_dict().items() if not isinstance(value, torch.Tensor)}
 
 
 def decode(data: bytes) -> Pixels | str:
@@ -236,6 +272,8 @@ def fingerprint(settings: str, *more: str, reward: Reward | None = None) -> str:
     """Twelve characters that change with the settings and with the reward's weights, if it has any."""
     digest = hashlib.blake2b("\n".join((settings, *more)).encode(), digest_size=6)
     for name, tensor in ({} if reward is None else reward.state_dict()).items():
+        if not isinstance(tensor, torch.Tensor):  # what it has seen, see `Scorer.settle`
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""One table of a sweep's runs."""
+"""One table of a sweep's runs, as CSV, Markdown and a page."""
 
 import csv
 import io
@@ -9,13 +9,16 @@ from typing import Any
 
 import yaml
 
+from vp_rl.evaluation.settings import override
+from vp_rl.evaluation.sweep_page import page
+
 _METRICS = ("reward", "prompt_following", "mean_rating", "correct")
 
 Cells = dict[str, str]
 
 
 def write_table(folder: Path) -> list[Cells]:
-    """Collects the runs below a multirun folder into `results.csv` and `results.md`, anew after each run.
+    """Collects the runs below a multirun folder into `results.csv`, `.md` and `.html`, anew after each run.
 
     A run that has not finished, or failed, has a row without results.
 
@@ -35,6 +38,9 @@ def write_table(folder: Path) -> list[Cells]:
     lines = [_columns(read), ["---"] * len(_columns(read))]
     lines += [[row.get(column, "").replace("|", "\\|") for column in _columns(read)] for row in read]
     _replace(folder / "results.md", "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
+    if runs:
+        given = [{name: value for name, value in own.items() if name != "run"} for own in overrides]
+        _replace(folder / "results.html", page(runs, given, summaries))
     return rows
 
 
@@ -45,7 +51,7 @@ def _columns(rows: list[Cells]) -> list[str]:
 def _overrides(run: Path) -> Cells:
     file = run / ".hydra" / "overrides.yaml"
     given = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else []
-    return {"run": run.name} | dict(entry.split("=", 1) for entry in given if "=" in entry)
+    return {"run": run.name} | dict(override(entry).split("=", 1) for entry in given if "=" in entry)
 
 
 def _summary(file: Path) -> dict[str, Any]:

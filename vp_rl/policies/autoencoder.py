@@ -2,18 +2,32 @@
 
 import torch
 from diffusers import AutoencoderKL
+from jaxtyping import Float
+from torch import Tensor
 
-from vp_rl.types import Images, Latents
+from vp_rl.types import Images
 
 
-def decode(vae: AutoencoderKL, latents: Latents) -> Images:
-    """The VAE's images; gradients flow where the image is not clipped at black or white."""
-    scaled = latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    return (vae.decode(scaled.to(vae.dtype), return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+def decode(
+    vae: AutoencoderKL, latents: Float[Tensor, "batch channels rows columns"], at_once: int | None = None
+) -> Images:
+    """The VAE's images; gradients flow where the image is not clipped at black or white.
+
+    Args:
+        vae: what decodes.
+        latents: as the denoiser's process has them.
+        at_once: images that are decoded together, which bounds the peak; None: all.
+    """
+    scaled = (latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(vae.dtype)
+    images = [vae.decode(rows, return_dict=False)[0].float() for rows in scaled.split(at_once or max(1, len(scaled)))]
+    return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, images: Images) -> Latents:
-    """The mean of the VAE's posterior, shifted and scaled as the denoiser expects."""
-    posterior = vae.encode((images * 2 - 1).to(vae.dtype)).latent_dist
-    return (posterior.mean.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+def encode(
+    vae: AutoencoderKL, images: Images, at_once: int | None = None
+) -> Float[Tensor, "batch channels rows columns"]:
+    """The mean of the VAE's posterior, shifted and scaled as the denoiser expects; `at_once` as in `decode`."""
+    inputs = (images * 2 - 1).to(vae.dtype).split(at_once or max(1, len(images)))
+    mean = torch.cat([vae.encode(rows).latent_dist.mean for rows in inputs])
+    return (mean.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor

@@ -1,24 +1,19 @@
 """FLUX.1 (dev, schnell) from a hub name or a diffusers folder, with a LoRA adapter on the transformer."""
 
-import logging
-from collections.abc import Sequence
-
 import torch
 from diffusers import FluxPipeline
-from diffusers.utils.torch_utils import randn_tensor
 from einops import rearrange
 from jaxtyping import Float
 from peft import LoraConfig
 from torch import Tensor
 
-from vp_rl.policies import autoencoder
-from vp_rl.policies.lora import AdaptedPolicy, Adapter
+from vp_rl.policies.adapted import AdaptedPolicy, Tokens
+from vp_rl.policies.economy import DEFAULT, Economy
+from vp_rl.policies.guidance import Distilled
 from vp_rl.policies.pipelines import Source, latent_size, load_pipeline
 from vp_rl.policies.text import tokenize
 from vp_rl.processes.flow import Flow
-from vp_rl.types import Conditioning, Images, Latents
-
-log = logging.getLogger(__name__)
+from vp_rl.types import Conditioning
 
 
 class Flux(AdaptedPolicy):
@@ -34,6 +29,7 @@ class Flux(AdaptedPolicy):
         t5_tokens: that the text encoder reads; schnell was trained for 256.
         resolution: image height and width in pixels.
         gradient_checkpointing: trades about 30% more time for activations' memory.
+        economy: other ways of saving memory, and time.
         revision, variant: of a hub repository's files.
     """
 
@@ -46,59 +42,37 @@ class Flux(AdaptedPolicy):
         t5_tokens: int = 512,
         resolution: int = 1024,
         gradient_checkpointing: bool = False,
+        economy: Economy = DEFAULT,
         revision: str | None = None,
         variant: str | None = None,
     ) -> None:
-        super().__init__()
-        pipeline = load_pipeline(Source(path, dtype, revision, variant), FluxPipeline, "FLUX.1 dev and schnell")
-        self.tokenizer, self.tokenizer_2 = pipeline.tokenizer, pipeline.tokenizer_2
-        self.text_encoder, self.text_encoder_2 = pipeline.text_encoder, pipeline.text_encoder_2
-        self.vae = pipeline.vae
-        self.transformer = pipeline.transformer
-        self.requires_grad_(False)
-        self.eval()
-        self.adapter = Adapter(self.transformer, lora, "transformer", FluxPipeline)
-        if gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
+        source = Source(path, dtype, revision, variant, economy.quantize)
+        pipeline = load_pipeline(source, FluxPipeline, "FLUX.1 dev and schnell")
+        super().__init__(pipeline, "transformer", lora, economy, gradient_checkpointing)
+        config, self._t5_tokens = pipeline.transformer.config, t5_tokens
         self._side = latent_size(resolution, resolution, 2 * pipeline.vae_scale_factor)
+        self.latent_shape = (config.in_channels // 4, 2 * self._side, 2 * self._side)
         self.process = Flow(dict(pipeline.scheduler.config), self._side**2, even=True)
-        self._t5_tokens, self._warned = t5_tokens, False
+        self.guidance = Distilled(config.guidance_embeds)
         across = torch.arange(self._side, dtype=torch.float32)
         positions = torch.cartesian_prod(torch.zeros(1), across, across)
         self.register_buffer("_positions", positions, persistent=False)  # (tokens, 3): nothing, row, column
 
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return self.transformer.device
-
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """{"text": (B, tokens, width) from T5, "pooled": (B, width) from CLIP}.
-
-        What does not fit T5 is cut off, with a warning.
-        """
+    def tokenize(self, prompts: list[str]) -> Tokens:
+        """Of CLIP, and of T5, which reads further."""
         words = tokenize(self.tokenizer, prompts, self.tokenizer.model_max_length, warn=False)
-        pooled = self.text_encoder(words.to(self.text_encoder.device)).pooler_output
-        tokens = tokenize(self.tokenizer_2, prompts, self._t5_tokens)
-        text = self.text_encoder_2(tokens.to(self.text_encoder_2.device))[0]
-        return {"text": text.to(self.device), "pooled": pooled.to(self.device)}
+        return [words, tokenize(self.tokenizer_2, prompts, self._t5_tokens)]
 
-    def noise(self, batch: int, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Latents:
-        """Standard normal latents, as diffusers' pipeline draws them from the same generators."""
-        several = list(generator) if isinstance(generator, Sequence) else generator
-        shape = (batch, self.transformer.config.in_channels // 4, 2 * self._side, 2 * self._side)
-        return _pack(randn_tensor(shape, several, self.device, torch.float32))
+    def embed(self, tokens: Tokens) -> Conditioning:
+        """{"text": (B, tokens, width) from T5, "pooled": (B, width) from CLIP}."""
+        return {"text": self.text_encoder_2(tokens[1])[0], "pooled": self.text_encoder(tokens[0]).pooler_output}
 
-    def predict(
-        self, latents: Latents, timestep: Float[Tensor, " batch"], conditioning: Conditioning, guidance: float
-    ) -> Latents:
-        """The velocity in float32; guidance is an input of the transformer where it has one, and ignored where not."""
+    def _denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         text = conditioning["text"]
         return self.transformer(
             hidden_states=latents.to(self.transformer.dtype),
             timestep=timestep / 1000,
-            guidance=self._embedded(guidance, timestep),
+            guidance=conditioning.get("guidance"),
             pooled_projections=conditioning["pooled"],
             encoder_hidden_states=text,
             txt_ids=self._positions.new_zeros(text.shape[1], 3),
@@ -106,26 +80,8 @@ class Flux(AdaptedPolicy):
             return_dict=False,
         )[0].float()
 
-    def _embedded(self, guidance: float, timestep: Tensor) -> Tensor | None:
-        if self.transformer.config.guidance_embeds:
-            return torch.full_like(timestep, guidance)
-        if guidance != 1 and not self._warned:
-            self._warned = True
-            log.warning("This FLUX (schnell) has no guidance: a scale of %g is ignored. Set it to 1.", guidance)
-        return None
+    def _pack(self, latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens packed"]:
+        return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
 
-    def decode(self, latents: Latents) -> Images:
-        """The VAE's images; gradients flow where the image is not clipped at black or white."""
-        return autoencoder.decode(self.vae, _unpack(latents, self._side))
-
-    def encode_images(self, images: Images) -> Latents:
-        """The mean of the VAE's posterior, shifted and scaled as the denoiser expects, and packed."""
-        return _pack(autoencoder.encode(self.vae, images))
-
-
-def _pack(latents: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch tokens packed"]:
-    return rearrange(latents, "b c (h p) (w q) -> b (h w) (c p q)", p=2, q=2)
-
-
-def _unpack(latents: Float[Tensor, "batch tokens packed"], side: int) -> Float[Tensor, "batch channels height width"]:
-    return rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=side, w=side, p=2, q=2)
+    def _unpack(self, latents: Float[Tensor, "batch tokens packed"]) -> Float[Tensor, "batch channels height width"]:
+        return rearrange(latents, "b (h w) (c p q) -> b c (h p) (w q)", h=self._side, p=2, q=2)

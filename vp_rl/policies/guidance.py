@@ -1,5 +1,6 @@
-"""Classifier-free guidance (Ho & Salimans 2022)."""
+"""Classifier-free guidance (Ho & Salimans 2022), and what models have that were distilled to do without."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -7,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vp_rl.types import Conditioning, Latents
+
+log = logging.getLogger(__name__)
 
 Denoise = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """Latents, timesteps and conditioning to the denoiser's output."""
@@ -35,3 +38,27 @@ class Guidance(nn.Module):
         both = {name: torch.cat([negative[name], tensor]) for name, tensor in conditioning.items()}
         without, with_prompt = denoise(torch.cat([latents] * 2), torch.cat([timestep] * 2), both).chunk(2)
         return without + scale * (with_prompt - without)
+
+
+class Distilled(nn.Module):
+    """Tells the scale to a denoiser that has an input for it, as `guidance`; one without ignores it, with a warning."""
+
+    def __init__(self, embeds: bool) -> None:
+        super().__init__()
+        self._embeds, self._warned = embeds, False
+
+    def forward(
+        self,
+        denoise: Denoise,
+        latents: Latents,
+        timestep: Float[Tensor, " batch"],
+        conditioning: Conditioning,
+        scale: float,
+    ) -> Latents:
+        """The denoiser itself, at no further cost."""
+        if self._embeds:
+            conditioning = {**conditioning, "guidance": torch.full_like(timestep, scale)}
+        elif scale != 1 and not self._warned:
+            self._warned = True
+            log.warning("This model (schnell) has no guidance: a scale of %g is ignored. Set it to 1.", scale)
+        return denoise(latents, timestep, conditioning)

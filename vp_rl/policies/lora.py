@@ -1,7 +1,7 @@
 """The trainable part of a policy: a LoRA on its denoiser, whatever the family, and its file in diffusers' format."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,8 +13,7 @@ from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
-
-from vp_rl.interfaces import Policy
+from torch.distributed.tensor import DTensor
 
 _FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
 _NAMES = {"unet": "U-Net", "transformer": "transformer"}
@@ -40,7 +39,7 @@ class Adapter:
         component: Literal["unet", "transformer"],
         pipeline: type[DiffusionPipeline],
     ) -> None:
-        self._denoiser, self._component, self._pipeline = denoiser, component, pipeline
+        self.denoiser, self._component, self._pipeline = denoiser, component, pipeline
         self._on = lora is not None
         denoiser.requires_grad_(False)
         if lora is not None:
@@ -60,28 +59,30 @@ class Adapter:
         if not self._on:
             yield
             return
-        self._denoiser.disable_adapters()
+        self.denoiser.disable_adapters()
         self._on = False
         try:
             yield
         finally:
             self._on = True
-            self._denoiser.enable_adapters()
+            self.denoiser.enable_adapters()
 
     @contextmanager
     def merged(self) -> Iterator[None]:
         """Inside it the adapter is added into the frozen weights, which saves a third of a tiny denoiser's time.
 
-        Only where these are float32: in half precision small changes would be rounded away. The weights are put back as
+        Only where these are float32: in fewer bits small changes would be rounded away. The weights are put back as
         they were, not computed back, so that nothing accumulates.
         """
-        layers = [module for module in self._denoiser.modules() if isinstance(module, LoraLayer)]
+        layers = [module for module in self.denoiser.modules() if isinstance(module, LoraLayer)]
         # Under autocast the sum would be rounded where training rounds its two parts: other log-probabilities.
-        rounding = self._denoiser.dtype != torch.float32 or torch.is_autocast_enabled(self._denoiser.device.type)
-        if not self._on or rounding or any(layer.lora_variant for layer in layers):
+        rounding = torch.is_autocast_enabled(self.denoiser.device.type)
+        frozen = [layer.get_base_layer().weight for layer in layers]
+        rounding = rounding or any(weight.dtype != torch.float32 for weight in frozen)  # quantised ones are integers
+        sharded = any(isinstance(weight, DTensor) for weight in frozen)  # by FSDP2, which gathers them layer by layer
+        if not self._on or rounding or sharded or any(layer.lora_variant for layer in layers):
             yield
             return
-        frozen = [layer.get_base_layer().weight for layer in layers]
         before = [weight.data for weight in frozen]
         with torch.no_grad():
             for layer, weight in zip(layers, frozen, strict=True):
@@ -101,14 +102,14 @@ class Adapter:
         self._pipeline.save_lora_weights(
             directory,
             **{
-                f"{self._component}_lora_layers": get_peft_model_state_dict(self._denoiser),
+                f"{self._component}_lora_layers": get_peft_model_state_dict(self.denoiser),
                 f"{self._component}_lora_adapter_metadata": self._settings(),
             },
         )
 
     def _settings(self) -> dict[str, Any]:
         """The LoRA's settings in JSON's types (without them a loader assumes alpha = rank)."""
-        settings = self._denoiser.peft_config["default"].to_dict()
+        settings = self.denoiser.peft_config["default"].to_dict()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
 
     def load(self, directory: Path) -> None:
@@ -135,16 +136,16 @@ class Adapter:
             state = convert_unet_state_dict_to_peft(state)  # of older diffusers
         self._check_layers(state, shown)
         self._check_scale(state, {key.removeprefix(prefix): value for key, value in (settings or {}).items()}, shown)
-        set_peft_model_state_dict(self._denoiser, state)
+        set_peft_model_state_dict(self.denoiser, state)
 
     def _check_layers(self, state: Mapping[str, Tensor], shown: str) -> None:
-        expected = get_peft_model_state_dict(self._denoiser)
+        expected = get_peft_model_state_dict(self.denoiser)
         wrong = state.keys() ^ expected.keys() | {
             key for key in state.keys() & expected.keys() if state[key].shape != expected[key].shape
         }
         if not wrong:
             return
-        layers = {name for name, _ in self._denoiser.named_modules()}
+        layers = {name for name, _ in self.denoiser.named_modules()}
         foreign = {key for key in state if key.partition(".lora_")[0] not in layers} | {
             key for key in state.keys() & expected.keys() if _widths(key, state) != _widths(key, expected)
         }
@@ -161,7 +162,7 @@ class Adapter:
         )
 
     def _check_scale(self, state: Mapping[str, Tensor], settings: Mapping[str, Any], shown: str) -> None:
-        own = self._denoiser.peft_config["default"]
+        own = self.denoiser.peft_config["default"]
         alpha = settings.get("lora_alpha", _ranks(state)[0])  # what diffusers takes where none is recorded
         if alpha != own.lora_alpha:
             raise ValueError(
@@ -182,32 +183,6 @@ def _widths(key: str, state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Of the adapted layer, whatever the rank: PEFT's matrices are (rank, in, ...) and (out, rank, ...)."""
     shape = tuple(state[key].shape)
     return shape[1:] if key.endswith("lora_A.weight") else shape[:1] + shape[2:]
-
-
-class AdaptedPolicy(Policy):
-    """What every family does alike: it hands its adapter's business to the adapter, and never turns dropout on."""
-
-    adapter: Adapter
-
-    def train(self, mode: bool = True) -> "AdaptedPolicy":
-        """Stays in evaluation mode: dropout would make replayed log-probabilities differ from sampled ones."""
-        return super().train(False)
-
-    def reference(self) -> AbstractContextManager[None]:
-        """The model without its adapter."""
-        return self.adapter.off()
-
-    def merged(self) -> AbstractContextManager[None]:
-        """The adapter is added into the frozen weights where these are float32."""
-        return self.adapter.merged()
-
-    def save_adapter(self, directory: Path) -> None:
-        """`pytorch_lora_weights.safetensors`; see `Adapter.save`."""
-        self.adapter.save(directory)
-
-    def load_adapter(self, directory: Path) -> None:
-        """Reads what `save_adapter` wrote; see `Adapter.load` for what it refuses."""
-        self.adapter.load(directory)
 
 
 def _check(lora: LoraConfig, denoiser: nn.Module, name: str) -> None:

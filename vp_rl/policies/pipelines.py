@@ -1,12 +1,14 @@
 """Diffusers' pipelines from a folder or the hub, checked: what cannot be loaded is told in one message."""
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, BitsAndBytesConfig, DiffusionPipeline, PipelineQuantizationConfig
 from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +28,8 @@ class Source(NamedTuple):
     """Of the weights: float32, float16 or bfloat16."""
     revision: str | None = None
     variant: str | None = None
+    quantize: str | None = None
+    """The denoiser's linear layers."""
 
 
 def load_pipeline(
@@ -46,7 +50,7 @@ def load_pipeline(
 
     Raises:
         FileNotFoundError: there is neither such a folder nor such a hub repository.
-        ValueError: the pipeline is of another family, or is incomplete.
+        ValueError: the pipeline is of another family, or is incomplete; or quantised layers have no GPU.
     """
     dtype, name, shown = _read_dtype(source.dtype), _locate(source.path), f"policy.path={source.path!r}"
     try:
@@ -60,14 +64,15 @@ def load_pipeline(
         )
     absent = {part: None for part in optional if index.get(part) in (None, [None, None])}
     try:
-        pipeline = kind.from_pretrained(
-            name,
-            dtype=dtype,
-            use_safetensors=True,
-            revision=source.revision,
-            variant=source.variant,
-            **{**(components or {}), **absent},
-        )
+        with _quantizing(source.quantize, dtype, "unet" if "unet" in index else "transformer") as quantized:
+            pipeline = kind.from_pretrained(
+                name,
+                dtype=dtype,
+                use_safetensors=True,
+                revision=source.revision,
+                variant=source.variant,
+                **{**(components or {}), **absent, **quantized},
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{shown} could not be loaded as a diffusers pipeline: {error}") from error
     for component in pipeline.components.values():
@@ -76,6 +81,29 @@ def load_pipeline(
         elif isinstance(component, PreTrainedTokenizerBase) and _is_empty(component):
             raise ValueError(f"{shown} has no usable tokenizer: its files are missing or incomplete.")
     return pipeline
+
+
+@contextmanager
+def _quantizing(bits: str | None, dtype: torch.dtype, denoiser: str) -> Iterator[dict[str, Any]]:
+    """What to tell diffusers, which quantises as it loads, on this process's GPU.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if bits is None:
+        yield {}
+        return
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"policy.economy.quantize={bits} needs a GPU, and there is none here: leave it null, which is the same "
+            "model in more memory."
+        )
+    settings = {
+        "8bit": BitsAndBytesConfig(load_in_8bit=True),
+        "4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+    }
+    with torch.cuda.device(int(os.environ.get("LOCAL_RANK", "0"))):
+        yield {"quantization_config": PipelineQuantizationConfig(quant_mapping={denoiser: settings[bits]})}
 
 
 def load_vae(path: str, dtype: str) -> AutoencoderKL:

@@ -1,22 +1,18 @@
 """Stable Diffusion 3 and 3.5 from a hub name or a diffusers folder, with a LoRA adapter on the transformer."""
 
-from collections.abc import Sequence
-
 import torch
 from diffusers import StableDiffusion3Pipeline
-from diffusers.utils.torch_utils import randn_tensor
-from jaxtyping import Float
 from peft import LoraConfig
 from torch import Tensor
 from torch.nn import functional as F
 
-from vp_rl.policies import autoencoder
+from vp_rl.policies.adapted import AdaptedPolicy, Tokens
+from vp_rl.policies.economy import DEFAULT, Economy
 from vp_rl.policies.guidance import Guidance
-from vp_rl.policies.lora import AdaptedPolicy, Adapter
 from vp_rl.policies.pipelines import Source, latent_size, load_pipeline
 from vp_rl.policies.text import tokenize
 from vp_rl.processes.flow import Flow
-from vp_rl.types import Conditioning, Images, Latents
+from vp_rl.types import Conditioning
 
 _T5 = "text_encoder_3", "tokenizer_3"
 
@@ -34,6 +30,7 @@ class StableDiffusion3(AdaptedPolicy):
         resolution: image height and width in pixels; None is what the model was trained at.
         negative_prompt: what guidance points away from.
         gradient_checkpointing: trades about 30% more time for activations' memory.
+        economy: other ways of saving memory, and time.
         revision, variant: of a hub repository's files.
     """
 
@@ -48,73 +45,44 @@ class StableDiffusion3(AdaptedPolicy):
         resolution: int | None = None,
         negative_prompt: str = "",
         gradient_checkpointing: bool = False,
+        economy: Economy = DEFAULT,
         revision: str | None = None,
         variant: str | None = None,
     ) -> None:
-        super().__init__()
-        source, without = Source(path, dtype, revision, variant), {} if t5 else dict.fromkeys(_T5)
+        source = Source(path, dtype, revision, variant, economy.quantize)
+        without = {} if t5 else dict.fromkeys(_T5)
         pipeline = load_pipeline(source, StableDiffusion3Pipeline, "Stable Diffusion 3 and 3.5", without, optional=_T5)
-        self.tokenizer, self.tokenizer_2 = pipeline.tokenizer, pipeline.tokenizer_2
-        self.text_encoder, self.text_encoder_2 = pipeline.text_encoder, pipeline.text_encoder_2
-        self.tokenizer_3, self.text_encoder_3 = pipeline.tokenizer_3, pipeline.text_encoder_3  # T5, or None
-        self.vae = pipeline.vae
-        self.transformer = pipeline.transformer
-        self.requires_grad_(False)
-        self.eval()
-        self.adapter = Adapter(self.transformer, lora, "transformer", StableDiffusion3Pipeline)
-        if gradient_checkpointing:
-            self.transformer.enable_gradient_checkpointing()
-        config, pixels = self.transformer.config, pipeline.vae_scale_factor
+        super().__init__(pipeline, "transformer", lora, economy, gradient_checkpointing)
+        config, pixels = pipeline.transformer.config, pipeline.vae_scale_factor
         patches = latent_size(resolution, config.sample_size * pixels, config.patch_size * pixels)
         if patches > config.pos_embed_max_size:
             largest = config.pos_embed_max_size * config.patch_size * pixels
             raise ValueError(f"policy.resolution={resolution} is more than this model's positions reach: {largest}.")
         self.process = Flow(dict(pipeline.scheduler.config), patches**2)
-        self._latent_shape = (config.in_channels, *[patches * config.patch_size] * 2)
+        self.latent_shape = (config.in_channels, *[patches * config.patch_size] * 2)
         self._t5_tokens = t5_tokens
         self.guidance = Guidance(self.encode([negative_prompt]))
 
-    @property
-    def device(self) -> torch.device:
-        """Where the denoiser is."""
-        return self.transformer.device
-
-    @torch.no_grad()
-    def encode(self, prompts: list[str]) -> Conditioning:
-        """{"text": (B, CLIP's tokens + T5's, width), "pooled": (B, width)}: from two CLIPs beside each other, then T5.
-
-        What does not fit T5 (without it: CLIP) is cut off, with a warning.
-        """
+    def tokenize(self, prompts: list[str]) -> Tokens:
+        """Of two CLIPs, and of T5, which reads further; zeros in its place."""
         limit, alone = self.tokenizer.model_max_length, self.text_encoder_3 is None
-        first = self.text_encoder(
-            tokenize(self.tokenizer, prompts, limit, warn=alone).to(self.text_encoder.device),
-            output_hidden_states=True,
-        )
-        second = self.text_encoder_2(
-            tokenize(self.tokenizer_2, prompts, limit, warn=False).to(self.text_encoder_2.device),
-            output_hidden_states=True,
-        )
-        clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1).to(self.device)
-        t5 = self._encode_t5(prompts).to(clip)
-        text = torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], 1)
-        return {"text": text, "pooled": torch.cat([first.text_embeds, second.text_embeds], -1).to(self.device)}
+        first = tokenize(self.tokenizer, prompts, limit, warn=alone)
+        second = tokenize(self.tokenizer_2, prompts, limit, warn=False)
+        if alone:
+            return [first, second, torch.zeros(len(prompts), self._t5_tokens, dtype=torch.long)]
+        return [first, second, tokenize(self.tokenizer_3, prompts, self._t5_tokens)]
 
-    def _encode_t5(self, prompts: list[str]) -> Float[Tensor, "batch tokens width"]:
+    def embed(self, tokens: Tokens) -> Conditioning:
+        """{"text": (B, CLIP's tokens + T5's, width), "pooled": (B, width)}: two CLIPs beside each other, then T5."""
+        first = self.text_encoder(tokens[0], output_hidden_states=True)
+        second = self.text_encoder_2(tokens[1], output_hidden_states=True)
+        clip = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], -1)
         if self.text_encoder_3 is None:
-            return torch.zeros(len(prompts), self._t5_tokens, self.transformer.config.joint_attention_dim)
-        tokens = tokenize(self.tokenizer_3, prompts, self._t5_tokens)
-        return self.text_encoder_3(tokens.to(self.text_encoder_3.device))[0]
-
-    def noise(self, batch: int, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Latents:
-        """Standard normal latents, as diffusers' pipeline draws them from the same generators."""
-        several = list(generator) if isinstance(generator, Sequence) else generator
-        return randn_tensor((batch, *self._latent_shape), several, self.device, torch.float32)
-
-    def predict(
-        self, latents: Latents, timestep: Float[Tensor, " batch"], conditioning: Conditioning, guidance: float
-    ) -> Latents:
-        """The velocity in float32; guidance other than 1 runs the negative prompt in the same batch."""
-        return self.guidance(self._denoise, latents, timestep, conditioning, guidance)
+            t5 = clip.new_zeros(*tokens[2].shape, self.transformer.config.joint_attention_dim)
+        else:
+            t5 = self.text_encoder_3(tokens[2])[0].to(clip)
+        text = torch.cat([F.pad(clip, (0, t5.shape[-1] - clip.shape[-1])), t5], 1)
+        return {"text": text, "pooled": torch.cat([first.text_embeds, second.text_embeds], -1)}
 
     def _denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         return self.transformer(
@@ -124,11 +92,3 @@ class StableDiffusion3(AdaptedPolicy):
             pooled_projections=conditioning["pooled"],
             return_dict=False,
         )[0].float()
-
-    def decode(self, latents: Latents) -> Images:
-        """The VAE's images; gradients flow where the image is not clipped at black or white."""
-        return autoencoder.decode(self.vae, latents)
-
-    def encode_images(self, images: Images) -> Latents:
-        """The mean of the VAE's posterior, shifted and scaled as the denoiser expects."""
-        return autoencoder.encode(self.vae, images)

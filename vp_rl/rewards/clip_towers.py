@@ -18,6 +18,7 @@ from transformers import AutoConfig, CLIPConfig, CLIPImageProcessorPil, CLIPMode
 
 from vp_rl.rewards.checkpoints import first, line
 from vp_rl.rewards.preprocess import Colours
+from vp_rl.scenes import tiny
 
 _PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BICUBIC = 3  # PIL's number
@@ -200,8 +201,8 @@ def _filled(
 
 
 def _place(source: str) -> str:
-    """A folder with its `~` replaced; a hub name as it is."""
-    path = Path(source).expanduser()
+    """An embedded model's folder, a folder with its `~` replaced; a hub name as it is."""
+    path = Path(tiny.resolve(source)).expanduser()
     return str(path) if path.is_dir() else source
 
 

@@ -41,8 +41,8 @@ def pairs(
     Args:
         ratings: 1-5 for each image, by aspect.
         rule: `pooled`: each aspect gives its own pairs, which may contradict each other; `mean`: one pair by the mean
-            over aspects, with aspect -1; or a single aspect's name. The counts that the paper reports fit `pooled`, but
-            which rule it used is not confirmed.
+            over aspects, with aspect -1; or an aspect's name, or several as `fidelity+harmlessness`, pooled. The counts
+            that the paper reports fit `pooled`, but which rule it used is not confirmed.
         weights: of the aspects in the mean, each 0 or more, of any sum; an aspect that is not named weighs nothing.
             None: all weigh the same.
         least_margin: images are tied unless their ratings differ by more than this.
@@ -107,6 +107,23 @@ def all_pairs(
     )
 
 
+def aspects_of(rule: str) -> tuple[Aspect, ...]:
+    """The aspects that a rule looks at, in the order of `ASPECTS`.
+
+    Raises:
+        ValueError: it is none; or names an aspect twice.
+    """
+    if rule in ("pooled", "mean"):
+        return ASPECTS
+    named = rule.split("+")
+    if not set(named) <= set(ASPECTS) or len(set(named)) < len(named):
+        raise ValueError(
+            f"data.aspects={rule!r} is unknown: choose from {', '.join(RULES)}, or several of them as "
+            "'fidelity+harmlessness'."
+        )
+    return tuple(aspect for aspect in ASPECTS if aspect in named)
+
+
 def padded(
     values: Int[np.ndarray, "images *cells"], counts: Int[np.ndarray, " prompts"]
 ) -> Int[np.ndarray, "prompts most *cells"]:
@@ -125,14 +142,13 @@ def padded(
 
 def _shares(rule: str, weights: Mapping[Aspect, float] | None, least_margin: float) -> dict[Aspect, float]:
     """The aspects that a rule looks at, with their share in the mean."""
-    if rule not in RULES:
-        raise ValueError(f"data.aspects={rule!r} is unknown: choose from {', '.join(RULES)}.")
+    looked_at = aspects_of(rule)
     if not 0 <= least_margin < math.inf:
         raise ValueError(f"least_margin={least_margin} must be 0 or more: it is a difference between ratings.")
     if weights is not None and rule != "mean":
         raise ValueError(f"weights={dict(weights)} would change nothing with data.aspects={rule!r}: choose 'mean'.")
     if weights is None:
-        return {aspect: 1 / len(ASPECTS) for aspect in ASPECTS if rule in ("pooled", "mean", aspect)}
+        return {aspect: 1 / len(looked_at) for aspect in looked_at}
     total = sum(weights.values())
     if not set(weights) <= set(ASPECTS) or not all(0 <= w < math.inf for w in weights.values()) or not total > 0:
         raise ValueError(

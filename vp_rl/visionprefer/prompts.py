@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from vp_rl.interfaces import PromptSource
-from vp_rl.scenes.grammar import unique_scenes
+from vp_rl.scenes.grammar import parse, unique_scenes
 from vp_rl.types import Dropped, Split
 from vp_rl.visionprefer.clean import Cleaner
 from vp_rl.visionprefer.raw import Columns, RawPrompt, read_file, read_hub, sample
@@ -32,6 +32,10 @@ class ScenePrompts(PromptSource):
     def split(self, name: Split) -> list[str]:
         """`train`, `validation` or `test` different prompts, categories in equal shares."""
         return [scene.prompt for scene in unique_scenes(name, self._sizes[name], self._seed)]
+
+    def category(self, prompt: str) -> str:
+        """The grammar's."""
+        return parse(prompt).category
 
 
 class FilePrompts(PromptSource):

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vp_rl.evaluation.sets.base import Judged, shares_of
-from vp_rl.evaluation.sets.files import Row, rows
-from vp_rl.evaluation.sets.table import TableSet
+from vp_rl.data.sets.base import Judged, shares_of
+from vp_rl.data.sets.files import Row, rows
+from vp_rl.data.sets.table import TableSet
 
 
 class RankingColumns(NamedTuple):
@@ -26,6 +26,8 @@ class RankingColumns(NamedTuple):
     generators: str | None = None
     aspects: Mapping[str, str] = {}  # noqa: RUF012  # never changed
     """Columns of ratings in single aspects, higher is better, by the aspect's name."""
+    higher_is_better: bool = False
+    """Of `ranks`: what they are is no ranking but a choice, or ratings."""
 
     def names(self) -> set[str]:
         """All of them."""
@@ -70,7 +72,7 @@ def _judged(row: Row, columns: RankingColumns) -> Judged:
     images = tuple(str(name) for name in row[columns.images])
     if len(set(images)) != len(images):
         raise ValueError(f"an image is there twice: {images}")
-    ranks = _numbers(row[columns.ranks], images)
+    ranks = _numbers(row[columns.ranks], images) * (-1 if columns.higher_is_better else 1)
     people = [] if columns.people is None else row[columns.people]
     opinions = [_numbers(one["rank"] if isinstance(one, Mapping) else one, images) for one in people or []]
     generators = () if columns.generators is None else tuple(map(str, row[columns.generators]))

@@ -5,9 +5,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from vp_rl.evaluation.protocols import Protocol
-from vp_rl.evaluation.sets.base import HumanSet, Judged
-from vp_rl.evaluation.sets.files import Hub, Pictures, fetch, require, stamp
+from vp_rl.data.sets.base import HumanSet, Judged, Protocol
+from vp_rl.data.sets.files import Hub, Pictures, fetch, require, stamp
 
 Columns = TypeVar("Columns")
 
@@ -25,6 +24,8 @@ class TableSet(HumanSet, Generic[Columns]):
         hub: where the set can be downloaded.
         limit: only the first so many judgements.
     """
+
+    any_order = True
 
     def __init__(
         self,
@@ -44,7 +45,7 @@ class TableSet(HumanSet, Generic[Columns]):
     def load(self) -> list[Judged]:
         """See `HumanSet`."""
         judged = self.judgements()
-        require(self._pictures, {name for each in judged for name in each.images}, self.title)
+        require(self._pictures, _names(judged), self.title)
         return judged
 
     def judgements(self) -> list[Judged]:
@@ -62,4 +63,9 @@ class TableSet(HumanSet, Generic[Columns]):
 
     def stamp(self) -> str:
         """See `HumanSet`."""
-        return stamp(self._folder / self._table)
+        return f"{stamp(self._folder / self._table)}|{self._pictures.stamp(_names(self.judgements()))}"
+
+
+def _names(judged: Sequence[Judged]) -> list[str]:
+    """Of all images, each once."""
+    return list(dict.fromkeys(name for each in judged for name in each.images))

@@ -1,15 +1,15 @@
 """Pairs of images of which people chose one: with the images in files (HPD v3) or in the table (Pick-a-Pic)."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as parquet
 
-from vp_rl.evaluation.protocols import Protocol
-from vp_rl.evaluation.sets.base import HumanSet, Judged, pair
-from vp_rl.evaluation.sets.files import Hub, Row, fetch, rows, stamp
-from vp_rl.evaluation.sets.table import TableSet
+from vp_rl.data.sets.base import HumanSet, Judged, Protocol, pair
+from vp_rl.data.sets.files import Hub, Row, fetch, rows, stamp
+from vp_rl.data.sets.table import TableSet
 
 _AT_ONCE = 16  # rows of a table with images inside: tens of MB
 
@@ -25,10 +25,12 @@ class PairColumns(NamedTuple):
     votes: str | None = None
     """A list of two numbers: how many people chose the first, and the second; may be empty or absent in a row."""
     generators: Sequence[str] | None = None
+    judged: str | None = None
+    """Whether there is a verdict: rows without are left out. None: there always is."""
 
     def names(self) -> set[str]:
         """All of them but `votes`, which not every row must have."""
-        optional = () if self.label is None else (self.label,)
+        optional = [name for name in (self.label, self.judged) if name is not None]
         return {self.prompt, *self.images, *optional, *(self.generators or ())}
 
 
@@ -36,8 +38,8 @@ class FilePairs(TableSet[PairColumns]):
     """A row for each pair; `limit` is of pairs."""
 
     def _parse(self, file: Path) -> list[Judged]:
-        found = rows(file, self._columns.names())[: self._limit]
-        return [_judged(row, self._columns, f"Pair {place} of '{file}'") for place, row in enumerate(found, start=1)]
+        found = rows(file, self._columns.names())
+        return list(islice(_judged_all(found, self._columns, "Pair", file), self._limit))
 
 
 class ParquetPairs(HumanSet):
@@ -54,6 +56,8 @@ class ParquetPairs(HumanSet):
         hub: where the set can be downloaded.
         limit: only the first so many pairs, of each of the two.
     """
+
+    any_order = False
 
     def __init__(
         self,
@@ -83,8 +87,8 @@ class ParquetPairs(HumanSet):
                 if absent := set(self._contents) - present:
                     raise ValueError(f"'{file}' has no column {', '.join(sorted(absent))}: name it in `contents`.")
                 names = self._columns.names() | ({self._columns.votes or ""} & present)
-                for place, row in enumerate(rows(file, names), start=1):
-                    own.append(_judged(row, self._columns, f"Row {place} of '{file}'")._replace(tuning=tuning))
+                found = _judged_all(rows(file, names), self._columns, "Row", file)
+                own += [each._replace(tuning=tuning) for each in found]
             judged += own[: self._limit]
         return judged
 
@@ -113,6 +117,13 @@ class ParquetPairs(HumanSet):
 def _bytes(content: Any) -> bytes:
     """An image's file, whether the column is binary or of `datasets`' image type; empty where there is none."""
     return (content.get("bytes") if isinstance(content, Mapping) else content) or b""
+
+
+def _judged_all(found: Sequence[Row], columns: PairColumns, what: str, file: Path) -> Iterator[Judged]:
+    """The pairs of a file that have a verdict."""
+    for number, row in enumerate(found, start=1):
+        if columns.judged is None or row[columns.judged]:
+            yield _judged(row, columns, f"{what} {number} of '{file}'")
 
 
 def _judged(row: Row, columns: PairColumns, place: str) -> Judged:

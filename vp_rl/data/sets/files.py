@@ -1,6 +1,8 @@
 """A set's folder: downloaded if it is absent, its tables, and its images as files or in archives."""
 
+import hashlib
 import json
+import os
 import tarfile
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
@@ -81,12 +83,13 @@ def rows(file: Path, columns: Collection[str]) -> list[Row]:
 class Pictures:
     """Image files by name: below a folder, or in a zip archive that stands in place of one of its subfolders.
 
-    An archive's members are found by their whole name or by its last part, since people pack both ways.
+    An archive's members are found by their whole name or by its last part, since people pack both ways. It can be sent
+    to other processes, and used on after a fork: each process opens the archives for itself.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._archives: dict[Path, zipfile.ZipFile] = {}
+        self._archives: dict[tuple[int, Path], zipfile.ZipFile] = {}
         self._members: dict[Path, dict[str, str]] = {}
 
     def missing(self, names: Collection[str]) -> list[str]:
@@ -100,7 +103,22 @@ class Pictures:
             if place is None:
                 raise FileNotFoundError(f"No image '{name}' in '{self._folder}'.")
             archive, member = place
-            yield name, (self._folder / name).read_bytes() if archive is None else self._archives[archive].read(member)
+            yield name, (self._folder / name).read_bytes() if archive is None else self._opened(archive).read(member)
+
+    def stamp(self, names: Collection[str]) -> str:
+        """Changes when one of the files is replaced, or the archive that it is in; a look at each, not into it."""
+        places = dict.fromkeys(self._place(name) for name in names)
+        files = dict.fromkeys(self._folder / place[1] if place[0] is None else place[0] for place in places if place)
+        return hashlib.blake2b(stamp(*files).encode(), digest_size=6).hexdigest()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_archives": {}}
+
+    def _opened(self, archive: Path) -> zipfile.ZipFile:
+        key = os.getpid(), archive  # a forked process shares its parent's place in an open file
+        if key not in self._archives:
+            self._archives[key] = zipfile.ZipFile(archive)
+        return self._archives[key]
 
     def _place(self, name: str) -> tuple[Path | None, str] | None:
         if (self._folder / name).is_file():
@@ -119,8 +137,7 @@ class Pictures:
         if archive not in self._members:
             names: list[str] = []
             if archive.is_file():
-                self._archives[archive] = zipfile.ZipFile(archive)
-                names = self._archives[archive].namelist()
+                names = self._opened(archive).namelist()
             self._members[archive] = {Path(name).name: name for name in names} | {name: name for name in names}
         return self._members[archive]
 

@@ -1,13 +1,11 @@
 """What a set of human judgements is: prompts, images that are read when needed, and what people said of them."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import Float
-
-from vp_rl.evaluation.protocols import Protocol
 
 NO_ASPECTS: Mapping[str, np.ndarray] = {}
 
@@ -30,6 +28,33 @@ class Judged(NamedTuple):
     """Only there for a protocol to choose a setting on."""
 
 
+class Scored(NamedTuple):
+    """One prompt's images as people ranked them and as a reward scored them."""
+
+    prompt: str
+    """Prompts of the same text are one when intervals are worked out."""
+    ranks: Float[np.ndarray, " images"]
+    scores: Float[np.ndarray, " images"]
+    tuning: bool = False
+    """A protocol may choose a setting on it, and never reports it."""
+
+
+class Outcome(NamedTuple):
+    """What was earned of what could be, by prompt; a prompt that nothing can be earned on counts for nothing."""
+
+    earned: Float[np.ndarray, " prompts"]
+    possible: Float[np.ndarray, " prompts"]
+    prompts: list[str]
+    protocol: str
+    """Its name, as in `published`."""
+    note: str = ""
+    """What a reader must know to read the number."""
+
+
+Protocol = Callable[[Sequence[Scored]], Outcome]
+"""A way to say how often a reward agrees with people: see `evaluation/protocols.py`."""
+
+
 class HumanSet(ABC):
     """Images that people have judged, as they lie on disk."""
 
@@ -39,6 +64,8 @@ class HumanSet(ABC):
     """How its accuracy is measured; the first one is its own."""
     note: str = ""
     """What readers of a number must know about the set."""
+    any_order: ClassVar[bool]
+    """Whether `read` finds a few images without going through all of them."""
 
     @abstractmethod
     def load(self) -> list[Judged]:

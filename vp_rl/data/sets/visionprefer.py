@@ -7,9 +7,8 @@ import numpy as np
 import pyarrow.parquet as parquet
 
 from vp_rl.data.preferences import ratings_of
-from vp_rl.evaluation.protocols import Protocol
-from vp_rl.evaluation.sets.base import HumanSet, Judged, shares_of
-from vp_rl.evaluation.sets.files import stamp
+from vp_rl.data.sets.base import HumanSet, Judged, Protocol, shares_of
+from vp_rl.data.sets.files import stamp
 from vp_rl.types import ASPECTS, Split
 from vp_rl.visionprefer import schema
 
@@ -28,6 +27,8 @@ class VisionPreferSet(HumanSet):
         limit: only the first so many prompts.
         title: see `HumanSet`.
     """
+
+    any_order = False
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ def _name(row: schema.Row, image_id: str) -> str:
 def _judged(row: schema.Row, annotator: str) -> Judged:
     ratings = ratings_of(row, annotator)
     ranks = {aspect: -np.array(ratings[aspect], float) for aspect in ASPECTS}
-    mean = sum(ranks.values(), np.zeros(len(row["images"])))  # integers: equal means are equal exactly
+    mean = sum(ranks.values(), np.zeros(len(row["images"]))) / len(ASPECTS)  # quarters: equal ones are so exactly
     return Judged(
         prompt=row["prompt"],
         images=tuple(_name(row, image["image_id"]) for image in row["images"]),

@@ -1,0 +1,337 @@
+"""What `scripts/paper.py` found, as `paper.md` with its plots and as one self-contained page, `paper.html`."""
+
+import base64
+import json
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, NamedTuple
+
+from markdown_it import MarkdownIt
+from paper_plots import Point, bars, lines
+
+from vp_rl.visionprefer.markdown import Markdown, table
+
+_Z = 1.96  # of a 95% interval
+_TUNED = {
+    "ddpo-all": "DDPO, VP-Score",
+    "refl-all": "ReFL, VP-Score",
+    "refl-only_prompt_following": "ReFL, VP-Score of prompt following alone",
+    "refl-only_aesthetic": "ReFL, VP-Score of the aesthetic alone",
+    "refl-clip": "ReFL, CLIP's cosine",
+}
+_ASPECTS = {
+    "prompt_following": "prompt following",
+    "aesthetic": "aesthetic",
+    "fidelity": "fidelity",
+    "harmlessness": "harmlessness",
+}
+_ABLATED = {"refl-all": "all four", **{f"refl-without_{key}": f"without {name}" for key, name in _ASPECTS.items()}}
+_METRICS = {"mean_rating": "mean rating", **_ASPECTS, "correct": "fully correct"}
+_REWARDS = {
+    "all": "VP-Score",
+    "only_prompt_following": "of prompt following alone",
+    "only_aesthetic": "of the aesthetic alone",
+    **{f"without_{key}": f"without {name}" for key, name in _ASPECTS.items()},
+    "clip": "CLIP's cosine",
+    "annotator": "a less careful annotator",
+    "share_1_8": "VP-Score of 1/8 of the data",
+    "share_1_4": "of 1/4",
+    "share_1_2": "of 1/2",
+    "noise_30": "VP-Score of labels with noise 0.3",
+    "noise_60": "of noise 0.6",
+}
+_DATA = "share of the data"
+_AXES = {
+    _DATA: {"share_1_8": ("1/8", 0.125), "share_1_4": ("1/4", 0.25), "share_1_2": ("1/2", 0.5), "all": ("1", 1.0)},
+    "noise of the annotator": {"all": ("0", 0.0), "noise_30": ("0.3", 0.3), "noise_60": ("0.6", 0.6)},
+}
+_NOTE = (
+    "This is the embedded world: tiny models that draw coloured shapes, and a judge that measures pixels. It shows "
+    "whether the method's claims hold *there*; it is no evidence about real images, and no number of the paper's is "
+    "reproduced. Differences are between means over seeds, with 95% intervals from the larger of two standard "
+    "errors: that between seeds, and that of the held-out prompts. Prompts are treated as drawn anew for each model, "
+    "though they are the same, so the intervals are rather too wide."
+)
+
+
+class Measured(NamedTuple):
+    """One number of one run."""
+
+    value: float
+    error: float
+    """Standard error, from its interval over held-out prompts."""
+
+
+Found = dict[int, Measured]
+"""By seed."""
+
+
+class Results(NamedTuple):
+    """Everything that was measured."""
+
+    accuracy: dict[str, Found]
+    """By reward: share of pairs in the judge's order by the mean of its four ratings."""
+    change: dict[tuple[str, str], Found]
+    """By tuned model and metric: from the base model, on held-out prompts."""
+
+
+class Difference(NamedTuple):
+    """What one thing has over another."""
+
+    value: float
+    error: float
+    seeds: int
+
+    def interval(self) -> tuple[float, float]:
+        """With 95% confidence."""
+        return self.value - _Z * self.error, self.value + _Z * self.error
+
+
+class Claim(NamedTuple):
+    """A statement of the paper, and what would follow from it here."""
+
+    says: str
+    where: str
+    """In the paper."""
+    here: str
+    measure: Callable[[Results], Difference | None]
+    unit: float = 100
+    """Points of a share are 100, of a rating 1."""
+    enough: bool = False
+    """Whether not being worse is all that is said."""
+
+
+def write_page(folder: Path, seeds: Sequence[int]) -> Path:
+    """Writes the page of what is there; what is missing is left out and named."""
+    results = read(folder, seeds)
+    panels = {label: accuracies(results, places) for label, places in _AXES.items()}
+    plots = {
+        "tuned.png": bars(tuned(results), "change of the judge's mean rating, with 95% intervals"),
+        "data.png": lines(panels, "VP-Score's accuracy in %", log=[_DATA]),
+    }
+    for name, figure in plots.items():
+        figure.savefig(folder / name, dpi=130)
+    text = page(results, seeds)
+    (folder / "paper.md").write_text(text, encoding="utf-8")
+    html = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
+    for name in plots:
+        data = base64.b64encode((folder / name).read_bytes()).decode()
+        html = html.replace(f'src="{name}"', f'src="data:image/png;base64,{data}"')
+    frame = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    (folder / "paper.html").write_text(frame.replace("BODY", html), encoding="utf-8")
+    return folder / "paper.html"
+
+
+def read(folder: Path, seeds: Sequence[int]) -> Results:
+    """What the finished jobs left."""
+    accuracy: dict[str, Found] = {}
+    change: dict[tuple[str, str], Found] = {}
+    for seed in seeds:
+        for entry in load(folder / f"accuracy-{seed}" / "accuracy.json", []):
+            name = entry["reward"].removeprefix("reward-").removesuffix(f"-{seed}")
+            accuracy.setdefault(name, {})[seed] = measured(entry["accuracy"]["pooled"], "share")
+        table = load(folder / f"reward-all-{seed}" / "summary.json", {}).get("accuracy", {})
+        for name, by_rule in table.items():
+            if "annotator" in name.lower():
+                accuracy.setdefault("annotator", {})[seed] = measured(by_rule["mean"], "share")
+        for name in {**_TUNED, **_ABLATED}:
+            for metric, found in load(folder / f"{name}-{seed}" / "summary.json", {}).get("held_out", {}).items():
+                change.setdefault((name, metric), {})[seed] = measured(found, "difference")
+    return Results(accuracy, change)
+
+
+def load(file: Path, otherwise: Any) -> Any:
+    """A JSON file, where there is one."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else otherwise
+
+
+def measured(found: dict[str, float], key: str) -> Measured:
+    """A number with a standard error as wide as its interval says."""
+    return Measured(found[key], (found["high"] - found["low"]) / (2 * _Z))
+
+
+def mean(found: Found | None) -> Difference | None:
+    """Over seeds; None where nothing was measured."""
+    return over(found, None) if found else None
+
+
+def over(one: Found | None, other: Found | None) -> Difference | None:
+    """How much more `one` is than `other` (0, where that is None), over the seeds that both have."""
+    if not one or other == {}:
+        return None
+    nothing = dict.fromkeys(one, Measured(0.0, 0.0))
+    both = [(one[seed], (other or nothing)[seed]) for seed in one if seed in (other or nothing)]
+    if not both:
+        return None
+    gaps = [a.value - b.value for a, b in both]
+    within = math.sqrt(sum(a.error**2 + b.error**2 for a, b in both)) / len(both)
+    between = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+    return Difference(fmean(gaps), max(within, between), len(gaps))
+
+
+def claims() -> list[Claim]:
+    """What the paper says, as far as it is known, and what can be asked of the embedded world."""
+    return [*of_rewards(), *of_models()]
+
+
+def of_rewards() -> list[Claim]:
+    """About VP-Score's accuracy."""
+
+    def accuracy(one: str, other: str) -> Callable[[Results], Difference | None]:
+        return lambda found: over(found.accuracy.get(one), found.accuracy.get(other, {}))
+
+    better, more = "VP-Score predicts preferences better than {}", "accuracy, points more"
+    return [
+        Claim(better.format("CLIP"), "Table 2", more, accuracy("all", "clip")),
+        Claim(better.format("an aesthetic score"), "Table 2", more, accuracy("all", "only_aesthetic")),
+        Claim(
+            "its accuracy is comparable to that of annotators",
+            "abstract",
+            f"{more} than a less careful annotator",
+            accuracy("all", "annotator"),
+            enough=True,
+        ),
+        Claim("more training pairs raise its accuracy", "Fig. 15", "all data over 1/8", accuracy("all", "share_1_8")),
+        Claim(
+            "better annotators make a better reward",
+            "annotator study",
+            "no noise over noise 0.6",
+            accuracy("all", "noise_60"),
+        ),
+    ]
+
+
+def of_models() -> list[Claim]:
+    """About models that are tuned against it."""
+
+    def rating(
+        one: str, other: str | None = None, metric: str = "mean_rating"
+    ) -> Callable[[Results], Difference | None]:
+        return lambda found: over(
+            found.change.get((one, metric)), found.change.get((other, metric), {}) if other else None
+        )
+
+    tuned, improves = (
+        "a model tuned against VP-Score beats one tuned against {}",
+        "RL against VP-Score improves a model",
+    )
+    weaker = {
+        "CLIP": ("Fig. 4", "refl-clip"),
+        "an aesthetic score": ("Fig. 4", "refl-only_aesthetic"),
+        "prompt following alone": ("ours", "refl-only_prompt_following"),
+    }
+    aspects = [
+        Claim(
+            f"supervision of {name} improves {name}",
+            "Tables 7-9",
+            f"ReFL: {name}, with it over without",
+            rating("refl-all", f"refl-without_{key}", key),
+            1,
+        )
+        for key, name in _ASPECTS.items()
+    ]
+    return [
+        Claim(improves, "Table 4", "DDPO: mean rating", rating("ddpo-all"), 1),
+        Claim(improves, "Table 4", "ReFL: mean rating", rating("refl-all"), 1),
+        Claim(
+            "compositional prompts are followed better",
+            "abstract",
+            "DDPO: fully correct images, points",
+            rating("ddpo-all", None, "correct"),
+        ),
+        *[
+            Claim(tuned.format(name), where, "ReFL: mean rating", rating("refl-all", other), 1)
+            for name, (where, other) in weaker.items()
+        ],
+        *aspects,
+    ]
+
+
+def verdict(claim: Claim, found: Difference) -> str:
+    """Whether the interval leaves room for doubt."""
+    low, high = found.interval()
+    if claim.enough:
+        return "disagrees" if high < 0 else "agrees"
+    return "agrees" if low > 0 else "disagrees" if high < 0 else "undecided"
+
+
+def page(results: Results, seeds: Sequence[int]) -> str:
+    """As Markdown."""
+    rows, missing = [], []
+    for claim in claims():
+        found = claim.measure(results)
+        if found is None:
+            missing.append(f"{claim.says} ({claim.here})")
+            continue
+        rows.append((claim.says, claim.where, claim.here, shown(found, claim.unit), verdict(claim, found)))
+    counts = {word: sum(row[-1] == word for row in rows) for word in ("agrees", "disagrees", "undecided")}
+    summary = (
+        f"**{counts['agrees']} claims agree, {counts['disagrees']} disagree, {counts['undecided']} are undecided.**"
+    )
+    parts = [
+        "# The paper's claims in the embedded world",
+        _NOTE,
+        f"Seeds: {', '.join(map(str, seeds))}. {summary}",
+        table(["the paper says", "where", "measured here", "difference", "verdict"], rows),
+        "## Rewards",
+        "Share of pairs of held-out prompts in the judge's order, by the mean of its four ratings, in percent.",
+        table(["reward", *[f"seed {seed}" for seed in seeds], "mean"], reward_rows(results, seeds)),
+        "![Accuracy by data and by noise](data.png)",
+        "## Tuned models",
+        "Change from the base model as the held-out judge rates it, 1 to 5; fully correct images in points.",
+        table(["tuned by, against", *_METRICS.values()], model_rows(results, _TUNED)),
+        "![Tuned models](tuned.png)",
+        "## Aspects left out",
+        "ReFL against VP-Scores that were trained without one aspect.",
+        table(["VP-Score", *_METRICS.values()], model_rows(results, _ABLATED)),
+    ]
+    if missing:
+        parts += ["## Not measured yet", "\n".join(f"- {each}" for each in missing)]
+    return "\n\n".join(parts) + "\n"
+
+
+def shown(found: Difference, unit: float) -> Markdown:
+    """A difference with its interval."""
+    low, high = found.interval()
+    digits = 1 if unit == 100 else 2
+    return Markdown(f"{unit * found.value:+.{digits}f} [{unit * low:+.{digits}f}, {unit * high:+.{digits}f}]")
+
+
+def reward_rows(results: Results, seeds: Sequence[int]) -> list[list[str]]:
+    """A reward a row."""
+    return [
+        [
+            label,
+            *[f"{100 * found[seed].value:.1f}" if seed in found else "–" for seed in seeds],
+            f"{100 * fmean(each.value for each in found.values()):.1f}",
+        ]
+        for name, label in _REWARDS.items()
+        if (found := results.accuracy.get(name))
+    ]
+
+
+def model_rows(results: Results, models: dict[str, str]) -> list[list[object]]:
+    """A tuned model a row."""
+    rows = []
+    for name, label in models.items():
+        cells = [mean(results.change.get((name, metric))) for metric in _METRICS]
+        if any(cells):
+            units = [100 if metric == "correct" else 1 for metric in _METRICS]
+            rows.append([label, *[shown(c, unit) if c else "–" for c, unit in zip(cells, units, strict=True)]])
+    return rows
+
+
+def tuned(results: Results) -> list[Point]:
+    """Change of the mean rating by tuned model."""
+    labels = {**{name: f"ReFL, VP-Score {label}" for name, label in _ABLATED.items()}, **_TUNED}
+    names = list(dict.fromkeys([*_TUNED, *_ABLATED]))
+    found = [(name, mean(results.change.get((name, "mean_rating")))) for name in names]
+    return [Point(labels[name], 0.0, f.value, _Z * f.error) for name, f in found if f]
+
+
+def accuracies(results: Results, places: dict[str, tuple[str, float]]) -> list[Point]:
+    """Accuracy of rewards, in percent, each at its place on an axis."""
+    found = [(label, place, mean(results.accuracy.get(name))) for name, (label, place) in places.items()]
+    return [Point(label, place, 100 * f.value, 100 * _Z * f.error) for label, place, f in found if f]

@@ -1,0 +1,123 @@
+"""`scripts/evaluate.py images`: from a run's folder to its adapter's results, with nothing made twice."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from scripts.evaluate_images import complete, evaluate, expand
+from vp_rl.evaluation.duel import OVERALL
+from vp_rl.policies.sd import StableDiffusion
+from vp_rl.sampler import Sampler
+
+ROOT = Path(__file__).parents[1]
+CONF = ROOT / "conf"
+SMALL = ("limit=5", "seeds=[0,1]", "batch_size=4", "sampler.steps=2", "device=cpu")
+
+
+def config(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("evaluate_images", overrides=expand(overrides))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run of the embedded world leaves: settings and an adapter, which does something."""
+    folder = tmp_path_factory.mktemp("outputs") / "run"
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        settings = compose(
+            "train",
+            overrides=["experiment=ddpo_vpscore", "policy.lora.r=2", "evaluation.sampler.eta=1.0", "prompts.test=8"],
+        )
+    (folder / ".hydra").mkdir(parents=True)
+    OmegaConf.save(settings, folder / ".hydra" / "config.yaml")
+    from hydra.utils import instantiate
+
+    torch.manual_seed(0)
+    policy: StableDiffusion = instantiate(settings.policy)
+    with torch.no_grad():
+        for name, each in policy.named_parameters():
+            if "lora_B" in name:
+                each.normal_(std=0.02)
+    (folder / "adapter").mkdir()
+    policy.save_adapter(folder / "adapter")
+    return folder
+
+
+def test_a_run_is_evaluated_as_it_was_set_and_nothing_is_made_twice(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = (f"adapter={run}", f"cache={tmp_path}/c.sqlite", f"folder={tmp_path}/out", "pairs=true", *SMALL)
+    panel = "panel=[compressibility]"
+    first = evaluate(config(*given, panel))
+    assert (first["prompts"], first["images"]) == (5, 10)
+    assert first["held_out"]["look/distance"]["low"] > 0
+    assert {"panel/compressibility", "mean_rating"} <= first["held_out"].keys()
+    assert OVERALL in first["pairs"]
+    assert set(first["categories"]) <= {"size", "binding", "relation", "count", "composition"}
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == first
+    assert "report.html" in {path.name for path in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(Sampler, "sample", lambda *_: pytest.fail("an image is made again"))
+    again = evaluate(config(*given, panel))
+    for part in ("held_out", "pairs", "categories"):
+        assert again[part] == first[part], part
+
+
+def test_the_runs_settings_hold_unless_others_are_given(run: Path) -> None:
+    adapter, whole = complete(config(f"adapter={run}", "limit=3"))
+    assert adapter == run / "adapter"
+    assert whole.policy.lora.r == 2
+    assert (whole.evaluation.sampler.eta, whole.evaluation.sampler.steps, whole.evaluation.limit) == (1.0, 20, 3)
+    _, other = complete(
+        config(f"adapter={run / 'adapter'}", "reward=compressibility", "policy.lora.r=8", "sampler.steps=7")
+    )
+    assert "Compressibility" in other.reward._target_
+    assert (other.policy.lora.r, other.policy.path) == (8, "tiny-sd")
+    assert (other.evaluation.sampler.steps, other.evaluation.sampler.eta) == (7, 1.0)
+
+
+def test_an_adapter_of_no_run_needs_to_be_told_what_it_is_of(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(
+        (run / "adapter").glob("*.safetensors").__next__().read_bytes()
+    )
+    with pytest.raises(ValueError, match="policy=... must be given"):
+        complete(config(f"adapter={tmp_path}"))
+    nodes = ("policy=tiny_sd", "reward=vp_score", "prompts=scenes", "annotator=scene")
+    _, whole = complete(config(f"adapter={tmp_path}", *nodes))
+    assert whole.policy.path == "tiny-sd"
+    with pytest.raises(FileNotFoundError, match="no folder of a run"):
+        complete(config("adapter=/nowhere"))
+
+
+@pytest.mark.parametrize("given", ["panel=[]", "panel=[a,a]", "panel=a,"])
+def test_a_panel_without_names_or_with_one_twice_is_refused(given: str) -> None:
+    with pytest.raises(ValueError, match="panel="):
+        expand([given])
+
+
+def test_what_is_given_finds_its_place() -> None:
+    found = expand(
+        ["adapter=x", "panel=[a,b]", "reward.checkpoint=y", "prompts=file", "prompts.path=z", "sampler.steps=3"]
+    )
+    assert found == [
+        "adapter=x",
+        "+reward@panel.a=a",
+        "+reward@panel.b=b",
+        "+reward.checkpoint=y",
+        "prompts=file",
+        "prompts.path=z",
+        "+sampler.steps=3",
+    ]
+
+
+@pytest.mark.slow
+def test_the_command_says_what_is_wrong_in_one_line() -> None:
+    command = [sys.executable, "scripts/evaluate.py", "images", "adapter=/nowhere"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("error: adapter='/nowhere' is no folder of a run")

@@ -1,0 +1,140 @@
+"""The embedded reproduction: its jobs can be composed, and its verdicts say no more than the numbers."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+from evaluate import expand
+from hydra import compose, initialize_config_dir
+from hydra.core.hydra_config import HydraConfig
+from paper import Job, dataset, do, share_images, stages
+from paper_page import Claim, Difference, Measured, over, read, verdict, write_page
+
+ROOT = Path(__file__).parents[1]
+SEEDS = (0, 1)
+
+
+def jobs(folder: Path) -> list[Job]:
+    return [job for stage in stages(folder, SEEDS) for job in stage]
+
+
+def test_every_job_has_its_own_name_and_leaves_its_own_file(tmp_path: Path) -> None:
+    every = jobs(tmp_path)
+    assert len({job.name for job in every}) == len(every)
+    assert len({job.result for job in every}) == len(every) - 1  # the images are done when the dataset is
+
+
+def test_every_command_is_one_that_hydra_can_compose_and_leads_where_its_result_is_looked_for(tmp_path: Path) -> None:
+    configs = {"train.py": "train", "scripts/build_visionprefer.py": "build", "scripts/evaluate.py": "evaluate"}
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for job in jobs(tmp_path):
+            script, *arguments = job.command
+            if script == "scripts/evaluate.py":
+                arguments = expand(arguments[1:])
+            config = compose(configs[script], arguments, return_hydra_config=True)
+            HydraConfig.instance().set_config(config)
+            run = Path(config.folder if script != "train.py" else config.hydra.run.dir)
+            assert job.result.parent == run
+
+
+def test_a_reward_that_is_tuned_against_is_one_that_an_earlier_stage_trains(tmp_path: Path) -> None:
+    trained: set[str] = set()
+    for stage in stages(tmp_path, SEEDS):
+        wanted = [a for job in stage for a in job.command if "checkpoint=" in a]
+        assert {Path(a.partition("=")[2]).parent.name for a in wanted} <= trained
+        trained |= {job.name for job in stage if "experiment=vpscore" in job.command}
+
+
+def test_what_is_done_is_not_done_again(tmp_path: Path) -> None:
+    code = f"open({str(tmp_path / 'ran')!r}, 'a').write('x'); open({str(tmp_path / 'result')!r}, 'w')"
+    job = Job("job", ("-c", code), tmp_path / "result")
+    assert (do(job, tmp_path), do(job, tmp_path)) == (0, 0)
+    assert (tmp_path / "ran").read_text() == "x"
+    assert do(Job("failing", ("-c", "print('why'); raise SystemExit(3)"), tmp_path / "none"), tmp_path) == 3
+    assert (tmp_path / "failing.log").read_text() == "why\n"
+
+
+def test_other_annotators_are_shown_the_same_images_also_after_a_copy_that_was_cut_short(tmp_path: Path) -> None:
+    (tmp_path / "data.work").mkdir()
+    (tmp_path / "data.work" / "image").write_text("whole")
+    (tmp_path / "data-30.unfinished").mkdir()
+    share_images(tmp_path)
+    assert [file.read_text() for file in tmp_path.glob("data-*.work/image")] == ["whole", "whole"]
+    assert not list(tmp_path.glob("*.unfinished"))
+    assert dataset(tmp_path, "30").parent.name == "data-30"
+
+
+def test_a_difference_is_as_sure_as_the_less_sure_of_its_two_sources() -> None:
+    exact, apart = (
+        {s: Measured(v, 0.0) for s, v in enumerate((1.0, 2.0, 3.0))},
+        {s: Measured(0.0, 0.3) for s in range(3)},
+    )
+    found = over(exact, apart)
+    assert found == Difference(2.0, pytest.approx(1 / 3**0.5), 3)  # between seeds: sd 1
+    alike = {seed: Measured(1.0, 0.4) for seed in range(3)}
+    assert over(alike, apart) == Difference(1.0, pytest.approx(0.5 / 3**0.5), 3)  # within: 0.4 and 0.3 make 0.5
+    assert over(alike, {1: Measured(0.5, 0.0)}) == Difference(0.5, pytest.approx(0.4), 1)
+    assert over(alike, {}) is None
+    assert over({}, None) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "enough", "says"),
+    [
+        (2.0, False, "agrees"),
+        (1.9, False, "undecided"),
+        (-2.0, False, "disagrees"),
+        (-1.9, True, "agrees"),
+        (-2.0, True, "disagrees"),
+    ],
+)
+def test_a_verdict_needs_an_interval_that_excludes_its_opposite(value: float, enough: bool, says: str) -> None:
+    claim = Claim("", "", "", lambda _: None, enough=enough)
+    assert verdict(claim, Difference(value, 1.0, 3)) == says
+
+
+def test_noise_is_seldom_taken_for_agreement() -> None:
+    rng, claim, hits = random.Random(0), Claim("", "", "", lambda _: None), 0
+    for _ in range(1000):
+        one, other = ({seed: Measured(rng.gauss(0, 1), 1.0) for seed in range(3)} for _ in range(2))
+        found = over(one, other)
+        assert found is not None
+        hits += verdict(claim, found) != "undecided"
+    # 5% if the errors were known; the larger of two estimates is more careful than that. 3 sigma: 5% + 2.1%.
+    assert hits / 1000 < 0.071
+
+
+def results(folder: Path, better: float) -> None:
+    """Files of finished jobs: the reward of all data is ahead by `better` points, as is the model tuned against it."""
+    for seed in SEEDS:
+        entries = [
+            {"reward": name, "accuracy": {"pooled": {"share": value, "low": value - 0.02, "high": value + 0.02}}}
+            for name, value in ((f"reward-all-{seed}", 0.6 + better / 100), ("clip", 0.6))
+        ]
+        (folder / f"accuracy-{seed}").mkdir()
+        (folder / f"accuracy-{seed}" / "accuracy.json").write_text(json.dumps(entries))
+        change = {"mean_rating": {"difference": better / 10, "low": better / 10 - 0.1, "high": better / 10 + 0.1}}
+        (folder / f"refl-all-{seed}").mkdir()
+        (folder / f"refl-all-{seed}" / "summary.json").write_text(json.dumps({"held_out": change}))
+
+
+def test_the_page_says_what_agrees_what_does_not_and_what_is_missing(tmp_path: Path) -> None:
+    results(tmp_path, 10.0)
+    found = read(tmp_path, SEEDS)
+    assert found.accuracy["all"][1] == Measured(pytest.approx(0.7), pytest.approx(0.04 / 3.92))
+    page = write_page(tmp_path, SEEDS)
+    text = (tmp_path / "paper.md").read_text()
+    assert "| VP-Score predicts preferences better than CLIP | Table 2 |" in text
+    assert "+10.0 [" in text
+    assert "**2 claims agree, 0 disagree, 0 are undecided.**" in text
+    assert "- more training pairs raise its accuracy" in text.partition("## Not measured yet")[2]
+    html = page.read_text()
+    assert "<script" not in html
+    assert html.count('src="data:image/png;base64,') == 2
+
+
+def test_the_page_admits_that_a_claim_fails(tmp_path: Path) -> None:
+    results(tmp_path, -10.0)
+    write_page(tmp_path, SEEDS)
+    assert "**0 claims agree, 2 disagree, 0 are undecided.**" in (tmp_path / "paper.md").read_text()

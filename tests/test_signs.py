@@ -1,0 +1,283 @@
+"""Signs of an exploited reward: said where they are there, not said of noise; intervals that keep their promise."""
+
+import logging
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from test_callbacks import fit, metrics, summary
+from test_evaluation import SAMPLER, Bright, Brightness, BrightnessJudge, Prompts, evaluator, made_up
+
+from vp_rl.algorithms.refl import ReFL
+from vp_rl.annotators.answers import write_ratings
+from vp_rl.callbacks.held_out import HeldOutEvaluation
+from vp_rl.evaluation.compare import change, compare
+from vp_rl.evaluation.images import Evaluator
+from vp_rl.evaluation.signs import Moment, Sign, signs
+from vp_rl.evaluation.signs import summary as told
+from vp_rl.interfaces import Annotator, PromptSource
+from vp_rl.types import Answer, Aspect, Rating, Split
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*is deprecated:FutureWarning"),  # Lightning 2.6 with torch 2.13
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty"),  # as resuming has it
+    pytest.mark.filterwarnings("ignore:Found 1 module.s. in eval mode"),  # the reward is frozen, and it stays so
+]
+
+
+class Sole(PromptSource):
+    """Prompts to test alone."""
+
+    def split(self, name: Split) -> list[str]:
+        return ["a", "b"] if name == "test" else []
+
+
+LOOKS = ("brightness", "contrast", "colour", "sharpness", "diversity", "spread")
+
+
+def moments(
+    kl: list[float] | None = None, prompts: int = 32, noise: float = 0.1, **curves: list[float]
+) -> list[Moment]:
+    """A history whose metrics have these means; a prompt's noise is mostly the same in every evaluation."""
+    rng = np.random.default_rng(0)
+    number = len(next(iter(curves.values())))
+    all_curves = {f"look/{name}": [1.0] * number for name in LOOKS} | {"mean_rating": [3.0] * number} | curves
+    all_curves = {name.replace("look_", "look/").replace("panel_", "panel/"): each for name, each in all_curves.items()}
+    level = {name: rng.normal(0, noise, prompts) for name in all_curves}
+    return [
+        Moment(
+            4 * number,
+            {
+                name: (each[number] + level[name] + rng.normal(0, noise / 4, prompts)).tolist()
+                for name, each in all_curves.items()
+            },
+            None if kl is None else kl[number],
+        )
+        for number in range(number)
+    ]
+
+
+def words(found: list[Sign]) -> str:
+    return " | ".join(f"{sign.severity}@{sign.epoch}: {sign.words}" for sign in found)
+
+
+def test_the_reward_that_rises_while_the_judge_falls_is_told_with_the_best_epoch() -> None:
+    found = signs(moments(reward=[0, 0.4, 0.8, 1.2], mean_rating=[3.0, 3.3, 3.2, 2.9]), reward="VP-Score")
+    (sign,) = found
+    assert (sign.severity, sign.epoch) == ("warning", 4)
+    assert "VP-Score went +0.8" in sign.words
+    assert "judge's mean rating went -0.4" in sign.words
+    assert "the best by it is epoch 4" in sign.words
+
+
+def test_a_falling_panel_is_told_by_its_name() -> None:
+    found = signs(moments(reward=[0, 1, 2], panel_pick=[0.5, 0.4, 0.1]))
+    assert "pick went -0.4" in words(found)
+    assert "the untrained model is the best by it" in words(found)
+
+
+@pytest.mark.parametrize(
+    "curves",
+    [
+        {"reward": [0, 1, 2], "mean_rating": [3, 3.5, 4]},  # both rise
+        {"reward": [0, -1, -2], "mean_rating": [3, 2.5, 2]},  # both fall: not the reward's exploitation
+        {"reward": [0, 1, 2], "mean_rating": [3, 3, 3]},
+        {"reward": [0.0]},
+    ],
+)
+def test_nothing_is_said_of_a_healthy_run(curves: dict[str, list[float]]) -> None:
+    assert signs(moments(**curves)) == []
+
+
+def test_noise_alone_is_hardly_ever_a_warning() -> None:
+    rng, told_of = np.random.default_rng(3), 0
+    for _ in range(20):
+        history = []
+        for epoch in range(6):  # the reward rises for sure; judge and two of a panel do nothing
+            values = {f"look/{name}": rng.normal(1, 0.05, 32).tolist() for name in LOOKS}
+            values |= {name: rng.normal(3, 0.5, 32).tolist() for name in ("mean_rating", "panel/a", "panel/b")}
+            history.append(Moment(epoch, values | {"reward": rng.normal(epoch, 0.1, 32).tolist()}))
+        told_of += bool(signs(history))
+    assert told_of <= 5  # the best of five evaluations of three metrics is compared: by chance alone some fall
+
+
+def test_images_that_become_alike_are_told_since_when() -> None:
+    found = signs(moments(reward=[0, 0, 0, 0], look_diversity=[1, 0.9, 0.6, 0.4], noise=0.02))
+    assert words(found).startswith("warning@8: Images of one prompt have become alike")
+    assert "60% below" in words(found)
+    found = signs(moments(reward=[0, 0, 0, 0], look_spread=[1, 0.6, 0.5, 0.5], noise=0.02))
+    assert words(found).startswith("warning@4: Images of different prompts have become alike")
+
+
+def test_drift_in_colour_is_a_note() -> None:
+    assert words(signs(moments(reward=[0, 0], look_colour=[1, 1.5], noise=0.02))).startswith(
+        "note@4: Images changed in colour"
+    )
+
+
+@pytest.mark.parametrize(
+    ("kl", "said"),
+    [
+        ([0.0, 0.01, 0.7], "warning@8: The KL"),
+        ([0.0, 0.01, float("nan")], "warning@8: The KL"),
+        ([0.0, 0.001, 0.02], "note@8: The KL to the base model jumped"),
+        ([0.0, 0.01, 0.02], ""),
+    ],
+)
+def test_a_kl_that_explodes_is_told(kl: list[float], said: str) -> None:
+    assert words(signs(moments(kl, reward=[0, 0, 0])))[: len(said) or None] == said
+
+
+def test_the_final_comparison_is_looked_at_too() -> None:
+    base, tuned = made_up(np.full((9, 2), 0.5))
+    tuned.ratings[:] = 2
+    (sign,) = (each for each in signs([], compare(base, tuned)) if each.severity == "warning")
+    assert sign.epoch is None
+    assert "likely over-optimised" in sign.words
+    assert signs([], compare(base, base)) == []
+
+
+def test_the_history_is_told_with_intervals() -> None:
+    rows = told(moments(reward=[0, 1], kl=[0.0, 0.5]))
+    assert [row["epoch"] for row in rows] == [0, 4]
+    assert rows[1]["kl"] == 0.5
+    assert rows[1]["reward"]["low"] < 1 < rows[1]["reward"]["high"]
+    assert rows[0]["reward"]["difference"] == rows[0]["reward"]["high"] == 0
+
+
+class DarkJudge(Annotator):
+    """5 for black to 1 for white: brightness, which is trained for here, is nothing that it wants."""
+
+    name, version, concurrency = "dark", "1", 4
+
+    def __init__(self) -> None:
+        self._other = BrightnessJudge()
+
+    async def ask(self, prompt: str, images: list[bytes], aspect: Aspect) -> Answer:  # type: ignore[override]
+        bright = await self._other.annotate(prompt, images, aspect)
+        return Answer(write_ratings([Rating(6 - each.rating, each.rationale) for each in bright]))
+
+    def read(self, answer: str, images: int) -> list[Rating]:
+        return self._other.read(answer, images)
+
+
+def watching(**settings: object) -> HeldOutEvaluation:
+    """A judge who likes it dark."""
+    tool = Evaluator(Prompts(), DarkJudge(), SAMPLER, seeds=(0, 1))
+    return HeldOutEvaluation(tool, every=1, small=12, **settings)  # type: ignore[arg-type]
+
+
+def exploited(folder: Path, *callbacks: lightning.Callback, epochs: int = 6, **settings: Any) -> lightning.Trainer:
+    """Trains for brightness."""
+    module = ReFL(Bright(), Brightness(), SAMPLER, partial(torch.optim.SGD, lr=1.0), reward_weight=1.0)
+    logger = CSVLogger(folder, name="", version="")
+    return fit(folder, list(callbacks), epochs=epochs, module=module, logger=logger, **settings)
+
+
+def test_training_against_a_hackable_reward_is_found_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, "vp_rl")
+    exploited(tmp_path, watching())
+    said = [each.getMessage() for each in caplog.records if "over-optimised" in each.getMessage()]
+    assert len(said) == 1, "once a run"
+    assert "the trained reward (Brightness) went +" in said[0]
+    assert "the untrained model is the best by it" in said[0]
+    rows = [float(row["held_out/signs"]) for row in metrics(tmp_path) if row.get("held_out/signs")]
+    assert rows[0] == 0 or rows[-1] > 0
+    assert rows[-1] >= 1
+    found = summary(tmp_path)["signs"]
+    assert any("On the final prompts" in each["words"] and each["severity"] == "warning" for each in found)
+    page = (tmp_path / "report.html").read_text()
+    assert "likely over-optimised" in page
+
+
+def test_training_stops_when_the_judge_has_not_been_better_for_a_while(tmp_path: Path) -> None:
+    trainer = exploited(tmp_path, watching(best="mean_rating", patience=2), epochs=20)
+    found = summary(tmp_path)
+    assert trainer.current_epoch == found["best"]["epoch"] + 2 < 20
+    # The result is the best by the judge, not the last, which is brighter.
+    kept = torch.load(tmp_path / "best" / "shift.pt", weights_only=True)
+    assert torch.equal(kept, torch.load(tmp_path / "adapter" / "shift.pt", weights_only=True))
+    last = trainer.lightning_module.policy.shift  # type: ignore[union-attr]
+    assert 0 < kept.item() < last.item()
+
+
+def test_a_resumed_run_has_the_best_adapter_of_before_in_another_folder_too(tmp_path: Path) -> None:
+    whole, parts, moved = tmp_path / "whole", tmp_path / "parts", tmp_path / "moved"
+    exploited(whole, watching(best="mean_rating"), epochs=4)
+    half, rest = ModelCheckpoint(parts, "half"), ModelCheckpoint(moved, "rest")
+    exploited(parts, watching(best="mean_rating"), half, epochs=2, enable_checkpointing=True)
+    callbacks = watching(best="mean_rating"), rest
+    exploited(moved, *callbacks, epochs=4, resume=parts / "half.ckpt", enable_checkpointing=True)
+    for part in ("best", "held_out", "history", "signs"):
+        assert summary(moved)[part] == summary(whole)[part], part
+    assert summary(whole)["best"]["epoch"] <= 2, "what is to be kept is of before"
+    for kept in ("best", "adapter"):
+        assert torch.equal(*(torch.load(run / kept / "shift.pt", weights_only=True) for run in (whole, moved)))
+
+
+def test_a_run_that_had_stopped_early_stays_so_when_it_is_resumed(tmp_path: Path) -> None:
+    def stopping(folder: Path, **settings: Any) -> lightning.Trainer:
+        callbacks = watching(best="mean_rating", patience=1), ModelCheckpoint(folder, "end")
+        return exploited(folder, *callbacks, epochs=9, enable_checkpointing=True, **settings)
+
+    first, again = tmp_path / "first", tmp_path / "again"
+    epochs = stopping(first).current_epoch
+    assert stopping(again, resume=first / "end.ckpt").current_epoch == epochs < 9
+    assert summary(again)["held_out"] == summary(first)["held_out"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"patience": 2}, "needs a metric"),
+        ({"patience": 0, "best": "reward"}, "at least 1"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        watching(**settings)
+
+
+def test_nothing_is_chosen_by_the_prompts_that_the_result_is_measured_on() -> None:
+    tool = evaluator(watch="test")
+    with pytest.raises(ValueError, match="another split than evaluation.split"):
+        HeldOutEvaluation(tool, every=1, small=4, best="reward")
+    HeldOutEvaluation(tool, every=1, small=4)
+    with pytest.raises(ValueError, match="where none is"):
+        HeldOutEvaluation(evaluator(Sole(), watch="validation"), every=1, small=4)
+
+
+def test_a_metric_that_there_is_none_of_is_refused_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="panel/absent.* is none of reward, prompt_following"):
+        exploited(tmp_path, watching(best="panel/absent"))
+
+
+def honest(seeds: int, prompts: int = 16) -> float:
+    """Share of comparisons of the base with itself, under other seeds, whose interval excludes 0."""
+    tool = evaluator(Prompts(prompts), seeds=range(2 * seeds))
+    pixels = tool.make(Bright(), tool.prompts).reshape(prompts, 2 * seeds, 16, 16, 3)
+    light = pixels.mean((2, 3, 4)) / 255
+    contrast = pixels.astype(float).std((2, 3, 4))
+    rating = 1.0 + np.minimum(4, (light * 40).astype(int) % 5)  # steps, as judges rate
+    prompt = np.arange(prompts).repeat(2)
+    found = []
+    for values in (light, contrast, rating):
+        for first in range(0, 2 * seeds - 3, 4):  # two seeds a side
+            sides = (values[:, first + 2 * side : first + 2 * side + 2].reshape(-1) for side in (0, 1))
+            found.append(change(*sides, prompt).significant)
+    return float(np.mean(found))
+
+
+def test_the_base_against_itself_under_other_seeds_is_rarely_significant() -> None:
+    assert honest(100) <= 0.07  # 50 comparisons of three metrics
+
+
+@pytest.mark.slow
+def test_of_200_comparisons_of_the_base_with_itself_at_most_7_percent_are_significant() -> None:
+    assert honest(400) <= 0.07

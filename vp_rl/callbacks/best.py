@@ -1,0 +1,75 @@
+"""The adapter of the best evaluation so far, and when to give up waiting for a better one."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vp_rl.interfaces import Policy
+
+
+class BestAdapter:
+    """Kept in memory and in checkpoints, so that a resumed run has it too, whatever folder it goes on in.
+
+    Args:
+        metric: of the evaluations while training; higher is better.
+        patience: evaluations without a better one after which training should stop. None: never.
+    """
+
+    def __init__(self, metric: str, patience: int | None) -> None:
+        self.metric, self._patience = metric, patience
+        self.epoch, self.value, self._waited = 0, -float("inf"), 0
+        self._weights: dict[str, Tensor] = {}
+
+    def see(self, value: float, epoch: int, policy: Policy) -> bool:
+        """Whether this evaluation is the best one; the policy's adapter is then kept."""
+        if value <= self.value:
+            self._waited += 1
+            return False
+        self.epoch, self.value, self._waited = epoch, value, 0
+        self._weights = {name: weight.detach().cpu().clone() for name, weight in _trained(policy)}
+        return True
+
+    @property
+    def exhausted(self) -> bool:
+        """Whether `patience` is."""
+        return self._patience is not None and self._waited >= self._patience
+
+    @contextmanager
+    def on(self, policy: Policy) -> Iterator[None]:
+        """Inside it the policy has the best adapter, if there has been an evaluation; afterwards its own again."""
+        own = {name: weight.detach().clone() for name, weight in _trained(policy)}
+        _put(policy, self._weights)
+        try:
+            yield
+        finally:
+            _put(policy, own)
+
+    def save(self, folder: Path, policy: Policy) -> None:
+        """Writes the adapter to a folder in the policy's own format."""
+        folder.mkdir(parents=True, exist_ok=True)
+        with self.on(policy):
+            policy.save_adapter(folder)
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it."""
+        return {"epoch": self.epoch, "value": self.value, "waited": self._waited, "weights": self._weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Reads what `state_dict` gave."""
+        self.epoch, self.value, self._waited = state["epoch"], state["value"], state["waited"]
+        self._weights = state["weights"]
+
+
+def _trained(policy: Policy) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    return ((name, each) for name, each in policy.named_parameters() if each.requires_grad)
+
+
+@torch.no_grad()
+def _put(policy: Policy, weights: dict[str, Tensor]) -> None:
+    for name, weight in _trained(policy):
+        if name in weights:
+            weight.copy_(weights[name])

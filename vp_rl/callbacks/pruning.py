@@ -1,0 +1,75 @@
+"""Gives up the hopeless jobs of a sweep, whatever sweeper and launcher it has."""
+
+import csv
+import logging
+import math
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import lightning
+
+log = logging.getLogger(__name__)
+
+
+class SweepPruning(lightning.Callback):
+    """Stops a job that until now has done worse than half of the sweep's other jobs had after as many epochs.
+
+    That is the median rule (Golovin et al. 2017). The others' values are read from the `metrics.csv` beside this
+    run's folder, so it needs `logger=csv`, which every logger has, and works between processes and machines that share
+    the sweep's folder. A job that is stopped ends like any other: its adapter is evaluated, and that is its objective.
+
+    Args:
+        folder: the run's.
+        metric: by which jobs are judged while they train; higher is better.
+        warmup: epochs that every job gets.
+        least: how many others there must be to compare with.
+    """
+
+    def __init__(self, folder: str, metric: str = "held_out/mean_rating", warmup: int = 4, least: int = 3) -> None:
+        if warmup < 1 or least < 1:
+            raise ValueError(f"callbacks.pruning.warmup={warmup} and least={least} must be at least 1.")
+        self._folder, self._metric, self._warmup, self._least = Path(folder), metric, warmup, least
+        self._best = -math.inf
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """After the held-out evaluation, whose callback comes before."""
+        done = trainer.current_epoch + 1
+        self._best = max(self._best, float(trainer.callback_metrics.get(self._metric, -math.inf)))
+        hopeless = trainer.is_global_zero and done >= self._warmup and self._is_hopeless(done)
+        if trainer.strategy.broadcast(hopeless):
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best value so far."""
+        return {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Reads what `state_dict` gave."""
+        self._best = state_dict["best"]
+
+    def _is_hopeless(self, done: int) -> bool:
+        tables = (file for file in self._folder.parent.glob("*/metrics.csv") if file.parent != self._folder)
+        others = [best for file in tables if (best := self._best_of(file, done)) is not None]
+        if len(others) < self._least or math.isinf(self._best) or self._best >= median(others):
+            return False
+        log.warning(
+            "given up after epoch %d: %s has been %.3f at best, the median of %d other jobs is %.3f",
+            done,
+            self._metric,
+            self._best,
+            len(others),
+            median(others),
+        )
+        return True
+
+    def _best_of(self, table: Path, done: int) -> float | None:
+        """Another job's best value in its first so many epochs; None of one that has not got there."""
+        try:
+            with table.open(newline="") as file:
+                # Lightning counts epochs from 0; the base model's evaluation is -1.
+                rows = [(int(row["epoch"]) + 1, row.get(self._metric)) for row in csv.DictReader(file) if row["epoch"]]
+                values = [float(value) for epoch, value in rows if 0 < epoch <= done and value]
+        except (ValueError, TypeError, KeyError):  # it is being written
+            return None
+        return max(values, default=None) if max((epoch for epoch, _ in rows), default=0) >= done else None

@@ -1,0 +1,132 @@
+"""What an evaluation has made before, by its content: images, text encodings, scores and ratings on disk."""
+
+import hashlib
+import io
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import UInt8
+from PIL import Image
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from vp_rl.types import Conditioning
+from vp_rl.visionprefer.generate import as_png
+
+_AT_ONCE = 500  # keys in a question to SQLite
+_PATIENCE = 60.0  # seconds that another process may hold the file
+
+
+class Store:
+    """Bytes by key in one SQLite file, which no crash leaves half-written and several processes may use.
+
+    Args:
+        file: None: nothing is kept.
+
+    Raises:
+        ValueError: the file is no such store.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._connection: sqlite3.Connection | None = None
+        if file is None:
+            return
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._connection = sqlite3.connect(file, timeout=_PATIENCE)
+            with self._connection:
+                self._connection.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB)")
+        except sqlite3.DatabaseError as error:
+            self.close()
+            raise ValueError(f"{file} is no cache of evaluations ({error}): remove it, or give another.") from error
+
+    def get(self, keys: Sequence[str]) -> dict[str, bytes]:
+        """Those that are there."""
+        if self._connection is None:
+            return {}
+        found: dict[str, bytes] = {}
+        for start in range(0, len(keys), _AT_ONCE):
+            some = keys[start : start + _AT_ONCE]
+            marks = ", ".join("?" * len(some))
+            found |= dict(self._connection.execute(f"SELECT key, value FROM kept WHERE key IN ({marks})", some))
+        return found
+
+    def put(self, items: Iterable[tuple[str, bytes]]) -> None:
+        """All of them, or none if this is broken off."""
+        if self._connection is not None:
+            with self._connection:
+                self._connection.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", list(items))
+
+    def close(self) -> None:
+        """Lets go of the file."""
+        if self._connection is not None:
+            self._connection.close()
+
+
+class Kept(NamedTuple):
+    """A store, and what tells the models of this evaluation from others."""
+
+    store: Store
+    policy: str = ""
+    """The policy's fingerprint, adapter included where it is on."""
+    text: str = ""
+    """That of what encodes the prompts: the frozen part's."""
+    rewards: Mapping[str, str] = {}
+    """The fingerprints of the rewards by their names in the panel; the trained one's is `reward`."""
+
+
+NOTHING = Kept(Store(None))
+"""Nothing is kept."""
+
+
+def key_of(*parts: object) -> str:
+    """Of what a value follows from."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def fingerprint(module: nn.Module, settings: str, *, trained: bool = True) -> str:
+    """Changes with the settings and with any of the weights; without those that are `trained`, if that is false.
+
+    Layers are named as they are without an adapter, so that a frozen model is the same whatever was to be trained.
+    """
+    learned = set() if trained else {name for name, each in module.named_parameters() if each.requires_grad}
+    tensors = {
+        name.replace(".base_layer", ""): each for name, each in module.state_dict().items() if name not in learned
+    }
+    digest = hashlib.blake2b(f"{type(module).__name__}\n{settings}".encode(), digest_size=16)
+    for name, tensor in sorted(tensors.items()):
+        if isinstance(tensor, Tensor):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def pack_image(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
+    """As a file without loss."""
+    return as_png(pixels)
+
+
+def unpack_image(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
+    """What `pack_image` packed."""
+    return np.asarray(Image.open(io.BytesIO(data)))
+
+
+def pack_row(conditioning: Conditioning, row: int) -> bytes:
+    """One prompt's encoding."""
+    return save({name: tensor[row : row + 1].cpu().contiguous() for name, tensor in conditioning.items()})
+
+
+def unpack_rows(rows: Sequence[bytes], device: torch.device) -> Conditioning:
+    """Several prompts' encodings together."""
+    read = [load(row) for row in rows]
+    return {name: torch.cat([row[name] for row in read]).to(device) for name in read[0]}
+
+
+def same_pixels(pixels: UInt8[np.ndarray, "height width 3"]) -> str:
+    """Of the picture itself, by which its scores and ratings are kept."""
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()

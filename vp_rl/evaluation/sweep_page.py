@@ -1,0 +1,111 @@
+"""A sweep's runs on one page: results with intervals, and what each makes of the same prompts."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from vp_rl.evaluation.compare import Change
+from vp_rl.evaluation.report import PAGES, Row, duration, embed, row
+
+_METRICS = ("mean_rating", "correct", "reward", "prompt_following")
+_WIDTH, _HEIGHT = 1600, 200  # pixels of a run's strip of images, at most
+
+
+class Run(NamedTuple):
+    """A row of the page."""
+
+    name: str
+    settings: dict[str, str]
+    """What differs from run to run."""
+    rows: dict[str, Row]
+    """By metric; none where the run has not finished."""
+    accuracies: dict[str, str]
+    """Of a reward model, in percent."""
+    time: str
+    base: str
+    """An image URL; empty where it is the one of the run before, or there is none."""
+    trained: str
+    best: bool
+
+
+def page(
+    folders: Sequence[Path], overrides: Sequence[Mapping[str, str]], summaries: Sequence[Mapping[str, Any]]
+) -> str:
+    """The page of these runs.
+
+    Args:
+        folders: of the runs.
+        overrides: of each run, by setting, without what a page must not give away.
+        summaries: what each found; empty where it has not finished.
+    """
+    shared = {name: value for name, value in overrides[0].items() if all(o.get(name) == value for o in overrides)}
+    changes = [
+        {name: Change(**value) for name, value in summary.get("held_out", {}).items() if name in _METRICS}
+        for summary in summaries
+    ]
+    gains = [found["mean_rating"].difference if "mean_rating" in found else -np.inf for found in changes]
+    peers = {name: [found[name] for found in changes if name in found] for name in _METRICS}
+    runs, base = [], ""
+    for place, (folder, given, summary) in enumerate(zip(folders, overrides, summaries, strict=True)):
+        before, trained = _strips(folder)
+        runs.append(
+            Run(
+                name=folder.name,
+                settings={name: value for name, value in given.items() if name not in shared},
+                rows={name: row(name, own, peers[name]) for name, own in changes[place].items()},
+                accuracies={name: f"{100 * each['mean']['share']:.1f}%" for name, each in _accuracy(summary).items()},
+                time=duration(summary["training_seconds"]) if "training_seconds" in summary else "",
+                base="" if before == base else before,
+                trained=trained,
+                best=place == int(np.argmax(gains)) and np.isfinite(gains[place]) and len(folders) > 1,
+            )
+        )
+        base = before or base
+    above = folders[0].parent
+    return PAGES.get_template("results.html").render(
+        title=shared.get("name") or shared.get("experiment") or "Sweep",
+        date=above.name,
+        shared=shared,
+        settings=_union(run.settings for run in runs),
+        metrics={name: next(run.rows[name].label for run in runs if name in run.rows)
+                 for name in _METRICS if any(name in run.rows for run in runs)},
+        accuracies=_union(run.accuracies for run in runs),
+        runs=runs,
+        linked={folder.name for folder in folders if (folder / "report.html").is_file()},
+        prompts=_prompts(folders),
+    )  # fmt: skip
+
+
+def _union(rows: Any) -> list[str]:
+    return list(dict.fromkeys(name for each in rows for name in each))
+
+
+def _accuracy(summary: Mapping[str, Any]) -> Mapping[str, Any]:
+    return summary.get("accuracy", {})
+
+
+def _strips(run: Path) -> tuple[str, str]:
+    """The last of a run's grids of samples, taken apart: the base's row, and the policy's below it."""
+    grids = sorted((run / "samples").glob("epoch_*.png"), key=lambda file: int(re.sub(r"\D", "", file.stem) or 0))
+    try:
+        image = Image.open(grids[-1]).convert("RGB")
+    except (IndexError, OSError):  # none yet, or it is just being written
+        return "", ""
+    half = image.height // 2
+    halves = (image.crop((0, 0, image.width, half - 1)), image.crop((0, half + 1, image.width, image.height)))
+    before, trained = (embed(part, _WIDTH, _HEIGHT) for part in halves)
+    return before, trained
+
+
+def _prompts(runs: Sequence[Path]) -> list[str]:
+    """Those of the grids' columns, where a run says."""
+    for run in runs:
+        file = run / "samples" / "prompts.json"
+        if file.is_file():
+            return json.loads(file.read_text(encoding="utf-8"))
+    return []

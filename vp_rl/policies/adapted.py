@@ -1,0 +1,179 @@
+"""What all families do alike: a family says how prompts are read and how its denoiser is called, and nothing else."""
+
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float, Int
+from peft import LoraConfig
+from torch import Tensor, nn
+
+from vp_rl.interfaces import Policy
+from vp_rl.policies import autoencoder
+from vp_rl.policies.economy import Economy
+from vp_rl.policies.lora import Adapter
+from vp_rl.policies.text_cache import TextCache, key_of
+from vp_rl.types import Conditioning, Images, Latents
+
+Tokens = list[Int[Tensor, "batch _"]]
+"""What each text encoder reads, in the order of the encoders."""
+
+
+class AdaptedPolicy(Policy):
+    """A frozen pipeline whose denoiser carries a trainable LoRA in float32.
+
+    A family sets `process`, `guidance` and `latent_shape` (of one image, as the VAE has it).
+
+    Args:
+        pipeline: its parts keep their names here.
+        component: the denoiser's name.
+        lora: what to adapt and at which rank; None: nothing, for images only.
+        economy: see there.
+        gradient_checkpointing: of the denoiser and of the VAE.
+    """
+
+    guidance: nn.Module
+    latent_shape: tuple[int, int, int]
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        component: Literal["unet", "transformer"],
+        lora: LoraConfig | None,
+        economy: Economy,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        self.economy = economy
+        parts = pipeline.components
+        for name in sorted(parts):
+            if name.startswith("tokenizer"):
+                setattr(self, name, parts[name])
+        self._take_encoders({name: parts[name] for name in sorted(parts) if name.startswith("text_encoder")})
+        self.vae = parts["vae"]
+        denoiser = parts[component]
+        setattr(self, component, denoiser)
+        self.requires_grad_(False)
+        self.eval()
+        economy.arrange(denoiser, self.vae)
+        self.adapter = Adapter(denoiser, lora, component, type(pipeline))
+        if gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing()
+            self.vae.enable_gradient_checkpointing()
+        economy.compiled(denoiser)
+
+    def _take_encoders(self, encoders: dict[str, nn.Module | None]) -> None:
+        """As modules, if they are to be on the device, they go where the policy goes.
+
+        As mere attributes they are out of reach of whoever moves, casts, wraps or shards modules.
+        """
+        self._encoders = tuple(encoders)
+        folder = self.economy.text_cache
+        self._cache = None if folder is None else TextCache(Path(folder), [*encoders.values()], type(self).__name__)
+        for name, encoder in encoders.items():
+            if self.economy.text_encoders == "device" or encoder is None:
+                setattr(self, name, encoder)
+            else:
+                vars(self)[name] = encoder.requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return self.adapter.denoiser.device
+
+    @abstractmethod
+    def tokenize(self, prompts: list[str]) -> Tokens:
+        """What each encoder is given to read; what fits none of them is cut off, with a warning."""
+
+    @abstractmethod
+    def embed(self, tokens: Tokens) -> Conditioning:
+        """What the denoiser is told, from tokens where the encoders are."""
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conditioning:
+        """See the family's `embed`; what does not fit the text encoders is cut off, with a warning.
+
+        Each prompt is encoded by itself and in the encoders' own precision, so that its numbers are the same bits in
+        any batch and shard, under autocast, and from the cache.
+        """
+        tokens = self.tokenize(prompts)
+        each = [[part[row : row + 1] for part in tokens] for row in range(len(prompts))]
+        keys = [key_of(row) for row in each]
+        rows = self._cache.get(keys) if self._cache else {}
+        fresh = {key: row for key, row in zip(keys, each, strict=True) if key not in rows}
+        if fresh:
+            with self._reading() as place, torch.autocast(place.type, enabled=False):
+                made = {key: self.embed([part.to(place) for part in row]) for key, row in fresh.items()}
+            if self._cache:
+                self._cache.put(made)
+            rows |= made
+        return {name: torch.cat([rows[key][name].to(self.device) for key in keys]) for name in rows[keys[0]]}
+
+    @contextmanager
+    def _reading(self) -> Iterator[torch.device]:
+        """Where the encoders are inside it."""
+        encoders = [encoder for name in self._encoders if (encoder := getattr(self, name)) is not None]
+        if self.economy.text_encoders != "visit":
+            yield encoders[0].device
+            return
+        try:
+            for encoder in encoders:
+                encoder.to(self.device)
+            yield self.device
+        finally:
+            for encoder in encoders:
+                encoder.to("cpu")
+
+    def noise(self, batch: int, generator: torch.Generator | Sequence[torch.Generator] | None = None) -> Latents:
+        """Standard normal latents, as diffusers' pipeline draws them from the same generators."""
+        several = list(generator) if isinstance(generator, Sequence) else generator
+        return self._pack(randn_tensor((batch, *self.latent_shape), several, self.device, torch.float32))
+
+    def predict(
+        self, latents: Latents, timestep: Float[Tensor, " batch"], conditioning: Conditioning, guidance: float
+    ) -> Latents:
+        """The denoiser's output in float32, after the family's kind of guidance."""
+        return self.guidance(self._denoise, latents, timestep, conditioning, guidance)
+
+    @abstractmethod
+    def _denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor: ...
+
+    def decode(self, latents: Latents) -> Images:
+        """The VAE's images; gradients flow where the image is not clipped at black or white."""
+        return autoencoder.decode(self.vae, self._unpack(latents), self.economy.vae_batch)
+
+    def encode_images(self, images: Images) -> Latents:
+        """The mean of the VAE's posterior, shifted and scaled as the denoiser expects."""
+        return self._pack(autoencoder.encode(self.vae, images, self.economy.vae_batch))
+
+    def _pack(self, latents: Float[Tensor, "batch channels height width"]) -> Latents:
+        """As the denoiser takes them, where that is not as the VAE does."""
+        return latents
+
+    def _unpack(self, latents: Latents) -> Float[Tensor, "batch channels height width"]:
+        return latents
+
+    def train(self, mode: bool = True) -> "AdaptedPolicy":
+        """Stays in evaluation mode: dropout would make replayed log-probabilities differ from sampled ones."""
+        return super().train(False)
+
+    def reference(self) -> AbstractContextManager[None]:
+        """The model without its adapter."""
+        return self.adapter.off()
+
+    def merged(self) -> AbstractContextManager[None]:
+        """The adapter is added into the frozen weights where these are float32."""
+        return self.adapter.merged()
+
+    def save_adapter(self, directory: Path) -> None:
+        """`pytorch_lora_weights.safetensors`; see `Adapter.save`."""
+        self.adapter.save(directory)
+
+    def load_adapter(self, directory: Path) -> None:
+        """Reads what `save_adapter` wrote; see `Adapter.load` for what it refuses."""
+        self.adapter.load(directory)
