@@ -79,7 +79,7 @@ def run(config: DictConfig) -> float | None:
         trainer.fit(algorithm, data, ckpt_path=checkpoint, weights_only=True)
         if config.test:
             trainer.test(algorithm, data, verbose=False)
-    if _is_job():
+    if _is_job() and trainer.is_global_zero:
         from vp_rl.evaluation.sweep import write_table
 
         write_table(folder.parent)
@@ -177,12 +177,19 @@ def _beside(folder: Path, settings: dict[str, Any]) -> tuple[Path, dict[str, Any
     runs = {file.parents[1] for file in folder.parent.glob("*/checkpoints/*.ckpt")}
     for run in sorted(runs, reverse=True):  # by their date
         found = newest(run / "checkpoints")
-        if found is None or order(found[0])[0] == settings["trainer"]["max_epochs"]:
+        if found is None or _is_finished(*found, settings):
             continue
         before = found[1].get("run", {}).get("settings")
         if before and not differences(before, settings)[0]:
             return found
     return None
+
+
+def _is_finished(checkpoint: Path, content: dict[str, Any], settings: dict[str, Any]) -> bool:
+    """Whether a run has trained to its end, or was stopped for good, and was then evaluated if that was wanted."""
+    stopped = content.get("run", {}).get("stopped", False)
+    evaluated = (checkpoint.parents[1] / "summary.json").is_file() or not settings["callbacks"].get("held_out")
+    return evaluated and (stopped or order(checkpoint)[0] == settings["trainer"]["max_epochs"])
 
 
 def _is_job() -> bool:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from typing import Any
 
 import hydra
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -24,6 +26,7 @@ from vp_rl.evaluation.compare import as_dict, as_markdown, compare
 from vp_rl.evaluation.duel import duels
 from vp_rl.evaluation.images import Evaluation, Evaluator
 from vp_rl.evaluation.report import write_report
+from vp_rl.evaluation.settings import override, publishable
 from vp_rl.evaluation.signs import signs
 from vp_rl.evaluation.store import Kept, Store, fingerprint
 from vp_rl.interfaces import Policy, Reward
@@ -102,7 +105,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     tuned = _run(evaluator, policy, reward, Kept(store, fingerprint(policy, settings), frozen, rewards), "adapter")
     seconds = {"base model's images": half - started, "adapter's images": time.monotonic() - half}
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(whole, folder / ".hydra" / "config.yaml")
+    OmegaConf.save(publishable(OmegaConf.to_container(whole)), folder / ".hydra" / "config.yaml")
     return conclude(folder, evaluator, base, tuned, bool(config.pairs), seconds)
 
 
@@ -177,6 +180,7 @@ def conclude(
         seconds=seconds,
         signs=found,
         categories=categories,
+        command=_command(),
     )
     print(f"\nReport: {report}")
     return summary
@@ -186,6 +190,12 @@ def _run(evaluator: Evaluator, policy: Policy, reward: Reward, kept: Kept, what:
     total, quiet = len(evaluator.prompts) * len(evaluator.seeds), not sys.stderr.isatty()
     with tqdm(total=total, desc=f"images, {what}", unit="img", disable=quiet) as bar:
         return evaluator.evaluate(policy, reward, on_batch=bar.update, kept=kept)
+
+
+def _command() -> str:
+    """Repeats the evaluation; empty where Hydra has not started it."""
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    return shlex.join(["python", "scripts/evaluate.py", "images", *map(override, given)]) if given else ""
 
 
 def _said(node: Any, without: Sequence[str] = ()) -> str:

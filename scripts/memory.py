@@ -128,9 +128,11 @@ def sdxl() -> StableDiffusionXLPipeline:
         addition_time_embed_dim=256,
         projection_class_embeddings_input_dim=2816,
     )
-    torch.set_default_dtype(torch.float32)  # where our policy puts it: float16 is too narrow
+    dtype = torch.get_default_dtype()
+    if dtype == torch.float16:  # too narrow: our policy puts it in float32
+        torch.set_default_dtype(torch.float32)
     decoder = vae(sample_size=1024, force_upcast=True, scaling_factor=0.13025)
-    torch.set_default_dtype(torch.float16)
+    torch.set_default_dtype(dtype)
     return StableDiffusionXLPipeline(
         unet=unet,
         vae=decoder,

@@ -165,7 +165,11 @@ def run(folder: Path, seeds: Sequence[int], at_once: int) -> None:
             for job, future in running.items():
                 progress.update(bar, description=job.name)
                 future.add_done_callback(lambda _: progress.advance(bar))
-            failed = [job.name for job, future in running.items() if future.result()]
+            try:
+                failed = [job.name for job, future in running.items() if future.result()]
+            except KeyboardInterrupt:  # or those that wait would still be begun
+                pool.shutdown(cancel_futures=True)
+                raise
             if failed:
                 sys.exit(
                     f"error: {', '.join(failed)} failed; why is at the end of {folder / failed[0]}.log. Everything "

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from markdown_it import MarkdownIt
 from paper_plots import Point, bars, lines
+from scipy.stats import t
 
 from vp_rl.visionprefer.markdown import Markdown, table
 
@@ -51,8 +52,8 @@ _NOTE = (
     "This is the embedded world: tiny models that draw coloured shapes, and a judge that measures pixels. It shows "
     "whether the method's claims hold *there*; it is no evidence about real images, and no number of the paper's is "
     "reproduced. Differences are between means over seeds, with 95% intervals from the larger of two standard "
-    "errors: that between seeds, and that of the held-out prompts. Prompts are treated as drawn anew for each model, "
-    "though they are the same, so the intervals are rather too wide."
+    "errors: that between seeds (by Student's t), and that of the held-out prompts. Prompts are treated as drawn anew "
+    "for each model, though they are the same, so the intervals are rather too wide."
 )
 
 
@@ -167,7 +168,8 @@ def over(one: Found | None, other: Found | None) -> Difference | None:
         return None
     gaps = [a.value - b.value for a, b in both]
     within = math.sqrt(sum(a.error**2 + b.error**2 for a, b in both)) / len(both)
-    between = stdev(gaps) / math.sqrt(len(gaps)) if len(gaps) > 1 else 0.0
+    # Of few seeds the spread is a rough estimate: by Student's t its interval is that much wider.
+    between = stdev(gaps) / math.sqrt(len(gaps)) * t.ppf(0.975, len(gaps) - 1) / _Z if len(gaps) > 1 else 0.0
     return Difference(fmean(gaps), max(within, between), len(gaps))
 
 

@@ -17,6 +17,7 @@ from fakes import LinearPolicy, QuadraticReward, Words
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.loggers import CSVLogger
 
+from train import _is_finished
 from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.algorithms.ddpo import DDPO
 from vp_rl.algorithms.refl import ReFL
@@ -125,7 +126,7 @@ def test_the_last_ones_are_kept_and_hold_all_that_a_run_needs(tmp_path: Path) ->
     content = read(tmp_path / "epoch=0003.ckpt")
     assert set(content["state_dict"]) == {"policy.bias"}
     assert set(content["optimizer_states"][0]["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
-    assert content["run"] == {"settings": {}, "devices": 1}
+    assert content["run"] == {"settings": {}, "devices": 1, "stopped": False}
 
 
 def test_epochs_between_checkpoints_are_a_setting_and_the_last_epoch_has_one(tmp_path: Path) -> None:
@@ -441,6 +442,24 @@ class Watch(lightning.Callback):
     def on_train_end(self, trainer: lightning.Trainer, *_: Any) -> None:
         self.calls.append(("end", trainer.current_epoch))
         time.sleep(self.takes)
+
+
+class Stop(lightning.Callback):
+    """Has seen enough after two epochs."""
+
+    def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        trainer.should_stop = trainer.current_epoch == 1
+
+
+def test_a_run_that_stopped_before_its_last_epoch_is_finished_once_it_is_evaluated(tmp_path: Path) -> None:
+    fit(refl(LinearPolicy(), QuadraticReward()), tmp_path / "checkpoints", Stop())
+    watched: dict[str, Any] = {"trainer": {"max_epochs": EPOCHS}, "callbacks": {"held_out": {"every": 1}}}
+    begun, stopped = ((path := tmp_path / "checkpoints" / f"epoch=000{n}.ckpt", read(path)) for n in (1, 2))
+    assert not _is_finished(*stopped, watched)
+    assert _is_finished(*stopped, watched | {"callbacks": {"held_out": None}})
+    (tmp_path / "summary.json").write_text("{}")
+    assert _is_finished(*stopped, watched)
+    assert not _is_finished(*begun, watched)
 
 
 def test_a_run_killed_after_its_last_epoch_is_finished(tmp_path: Path) -> None:

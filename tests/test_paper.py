@@ -71,7 +71,9 @@ def test_a_difference_is_as_sure_as_the_less_sure_of_its_two_sources() -> None:
         {s: Measured(0.0, 0.3) for s in range(3)},
     )
     found = over(exact, apart)
-    assert found == Difference(2.0, pytest.approx(1 / 3**0.5), 3)  # between seeds: sd 1
+    assert found == Difference(
+        2.0, pytest.approx(4.303 / 1.96 / 3**0.5, rel=1e-3), 3
+    )  # between seeds: sd 1, t of 2 degrees of freedom
     alike = {seed: Measured(1.0, 0.4) for seed in range(3)}
     assert over(alike, apart) == Difference(1.0, pytest.approx(0.5 / 3**0.5), 3)  # within: 0.4 and 0.3 make 0.5
     assert over(alike, {1: Measured(0.5, 0.0)}) == Difference(0.5, pytest.approx(0.4), 1)

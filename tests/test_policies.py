@@ -205,3 +205,14 @@ def test_a_path_that_is_nowhere_is_told_with_what_would_do(path: str) -> None:
 def test_a_folder_without_an_adapter_is_told(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no pytorch_lora_weights\.safetensors in .*nowhere"):
         load().load_adapter(tmp_path / "nowhere")
+
+
+def test_a_vae_in_float32_stays_so_under_an_autocast_to_float16() -> None:
+    policy, generator = load("sd15"), torch.Generator().manual_seed(2)
+    latents = policy.noise(2, generator)
+    with torch.no_grad():
+        expected = policy.decode(latents)
+        encoded = policy.encode_images(expected)
+        with torch.autocast("cpu", torch.float16):
+            assert torch.equal(policy.decode(latents), expected)
+            assert torch.equal(policy.encode_images(expected), encoded)

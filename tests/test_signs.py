@@ -11,11 +11,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from test_callbacks import fit, metrics, summary
 from test_evaluation import SAMPLER, Bright, Brightness, BrightnessJudge, Prompts, evaluator, made_up
 
 from vp_rl.algorithms.refl import ReFL
 from vp_rl.annotators.answers import write_ratings
+from vp_rl.callbacks.best import BestAdapter
 from vp_rl.callbacks.held_out import HeldOutEvaluation
 from vp_rl.evaluation.compare import change, compare
 from vp_rl.evaluation.images import Evaluator
@@ -251,6 +253,26 @@ def test_nothing_is_chosen_by_the_prompts_that_the_result_is_measured_on() -> No
     HeldOutEvaluation(tool, every=1, small=4)
     with pytest.raises(ValueError, match="where none is"):
         HeldOutEvaluation(evaluator(Sole(), watch="validation"), every=1, small=4)
+
+
+def test_what_is_no_number_is_not_the_best() -> None:
+    best, policy = BestAdapter("reward", patience=1), Bright()
+    assert best.see(0.5, 1, policy)
+    assert not best.see(float("nan"), 2, policy)
+    assert (best.epoch, best.exhausted) == (1, True)
+
+
+def test_a_policy_that_is_divided_among_devices_is_refused() -> None:
+    trainer = lightning.Trainer(accelerator="cpu", strategy=ModelParallelStrategy(), logger=False)
+    with pytest.raises(ValueError, match="callbacks.held_out=null"):
+        watching().setup(trainer, lightning.LightningModule(), "fit")
+
+
+def test_evaluations_of_other_prompts_or_metrics_cannot_be_compared() -> None:
+    two = Moment(0, {"reward": [0.1, 0.2]})
+    assert two.is_like(Moment(1, {"reward": [0.3, 0.4]}))
+    assert not two.is_like(Moment(1, {"reward": [0.3]}))
+    assert not two.is_like(Moment(1, {"reward": [0.3, 0.4], "panel/clip": [0.3, 0.4]}))
 
 
 def test_a_metric_that_there_is_none_of_is_refused_before_training(tmp_path: Path) -> None:

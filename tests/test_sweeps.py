@@ -17,6 +17,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from test_train import DDPO, ROOT
 
@@ -75,6 +76,20 @@ def test_two_processes_that_do_the_same_job_do_it_once(tmp_path: Path) -> None:
         job.finish(1.0)
     other.join(timeout=10)
     assert found == [True]
+
+
+def test_the_other_processes_of_a_job_neither_wait_for_the_main_one_nor_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Job(tmp_path, []) as job:
+        with monkeypatch.context() as patch:
+            patch.setattr(rank_zero_only, "rank", 1)
+            with Job(tmp_path, []) as other:
+                other.finish(None)
+        assert not (tmp_path / "job.json").exists()
+        job.finish(0.25)
+    with Job(tmp_path, []) as job:
+        assert job.objective == 0.25
 
 
 # --- a sweep, of jobs that take no time
@@ -259,6 +274,15 @@ def test_a_job_is_compared_with_those_that_got_as_far(tmp_path: Path) -> None:
         file.write("9e-")
     assert epochs_trained(tmp_path / "3", [0.1, 0.35, 0.9], least=2) == 3
     assert epochs_trained(tmp_path / "3", [0.1, 0.35, 0.9], least=1) == 2
+
+
+def test_a_job_that_was_given_up_is_not_trained_on_when_it_is_resumed(tmp_path: Path) -> None:
+    trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    for given_up in (False, True):
+        pruning = SweepPruning(str(tmp_path))
+        pruning.load_state_dict({"best": 0.1, "given_up": given_up})
+        pruning.on_train_start(trainer, BoringModel())
+        assert trainer.should_stop == given_up
 
 
 def test_pruning_without_room_is_refused() -> None:

@@ -237,7 +237,8 @@ class DDPO(PolicyTraining):
         steps = torch.tensor(self.trained_steps)[chosen[:, : self.steps_per_sample]].flatten()
         rows = torch.arange(len(prompt)).repeat_interleave(self.steps_per_sample)
         next_latents, log_probs = latents[rows, steps + 1, None], log_probs[rows, steps, None]
-        return latents[:, -1], self._states(latents[rows, steps], next_latents, steps, log_probs, prompt[rows])
+        states = self._states(latents[rows, steps], next_latents, steps, log_probs, prompt[rows])
+        return latents[:, -1].clone(), states  # a view would keep all of them
 
     def _branches(
         self, conditioning: Conditioning, prompt: Tensor, share: Share, *position: int
@@ -292,10 +293,14 @@ class DDPO(PolicyTraining):
     def _kl_on_a_few(self, states: StepBatch, conditioning: Conditioning) -> Tensor:
         """Mean KL of a step to the reference's, on a few states spread over the round."""
         rows = torch.linspace(0, len(states.step) - 1, min(_KL_PROBE, len(states.step))).long()
-        latents, step, prompt = (each[rows].to(self.device) for each in (states.latents, states.step, states.prompt))
-        few = take(conditioning, prompt)
-        transition = self.sampler.transition(self.policy, latents, step, few)
-        return self.kl_to_reference(transition, latents, step, few).mean()
+        found = []
+        for some in rows.split(self.sample_batch):  # no more at once than there is memory for
+            parts = states.latents, states.step, states.prompt
+            latents, step, prompt = (each[some].to(self.device) for each in parts)
+            few = take(conditioning, prompt)
+            transition = self.sampler.transition(self.policy, latents, step, few)
+            found.append(self.kl_to_reference(transition, latents, step, few))
+        return torch.cat(found).mean()
 
 
 class RolloutLoader(EpochLoader):
@@ -322,6 +327,7 @@ class RolloutLoader(EpochLoader):
                 order = algorithm.order(share, *position, turn).to(states.step.device)
                 for rows in order.split(algorithm.train_batch):
                     yield StepBatch(*(field[rows] for field in states))
+            del states  # before the next round's are made
 
     def _per_round(self) -> int:
         return self._ddpo.batches_per_round(self._prompts.batch_size, self._prompts.devices_per_prompt)

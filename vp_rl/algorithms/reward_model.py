@@ -119,9 +119,10 @@ class RewardModel(lightning.LightningModule):
         """Logs the same, and the accuracy by each aspect and by their mean; gives the columns to callbacks."""
         columns = self._columns(batch)
         self._loss("test", batch, columns)
+        alike = self.trainer.world_size > 1 and bool(batch.ratings.any())  # devices log the same names in one order
         for name, right in by_aspect(columns, batch).items():
-            if len(right):
-                value = right.float().mean()
+            if len(right) or alike:
+                value = right.float().mean() if len(right) else 0.0
                 self.log(f"test/accuracy/{name}", value, on_epoch=True, batch_size=len(right), sync_dist=True)
         return columns
 
@@ -195,8 +196,9 @@ class RewardModel(lightning.LightningModule):
             outputs.append(self.reward.outputs(batch.images.to(self.device), batch.prompts))
             pairs = decided(batch)["mean"].nonzero() + first
             better, worse, first = better + pairs[:, 0].tolist(), worse + pairs[:, 1].tolist(), first + len(outputs[-1])
-        # Each process has its own share of the images; all must standardise alike.
-        return self.trainer.strategy.broadcast((torch.cat(outputs), better, worse))
+        # Each process has its own share of the images; all must standardise alike. A GPU's tensor would stay on it.
+        rows, better, worse = self.trainer.strategy.broadcast((torch.cat(outputs).cpu(), better, worse))
+        return rows.to(self.device), better, worse
 
 
 def decided(batch: PreferenceBatch) -> dict[str, Bool[Tensor, "better worse"]]:

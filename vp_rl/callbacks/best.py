@@ -26,7 +26,7 @@ class BestAdapter:
 
     def see(self, value: float, epoch: int, policy: Policy) -> bool:
         """Whether this evaluation is the best one; the policy's adapter is then kept."""
-        if value <= self.value:
+        if not value > self.value:  # NaN is none
             self._waited += 1
             return False
         self.epoch, self.value, self._waited = epoch, value, 0

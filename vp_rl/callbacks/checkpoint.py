@@ -20,7 +20,7 @@ from typing import Any, NoReturn
 import lightning
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.callbacks import Checkpoint, Timer
 
 from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.callbacks.checkpoint_files import AtomicCheckpointIO, order
@@ -181,7 +181,9 @@ class RunCheckpoints(Checkpoint):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Adds the settings; and the reward's state as it was before the round that was broken off."""
-        checkpoint["run"] = {"settings": dict(self.settings), "devices": trainer.world_size}
+        # For good, as by patience; a run whose time was up may go on.
+        stopped = trainer.should_stop and not any(isinstance(each, Timer) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        checkpoint["run"] = {"settings": dict(self.settings), "devices": trainer.world_size, "stopped": stopped}
         if self._exact:
             checkpoint["state_dict"].update(self._reward_state)
 

@@ -46,9 +46,15 @@ class Guards(lightning.Callback):
         self._warned: set[str] = set()
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Tells the algorithm what to do with scores that are not finite."""
+        """Tells the algorithm what to do with scores that are not finite; looks at the policy's precision."""
         if isinstance(module, PolicyTraining):
             module.on_nonfinite = self._on_nonfinite
+            narrow = any(parameter.dtype == torch.float16 for parameter in module.policy.parameters())
+            if narrow and trainer.precision != "16-mixed":
+                log.warning(
+                    "The policy computes in float16, where gradients as small as those of an accumulated micro-batch "
+                    "vanish: set policy.dtype=bfloat16, or trainer.precision=16-mixed, which scales the loss."
+                )
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Any, batch_idx: int

@@ -12,6 +12,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import distributed
 from tqdm import tqdm
 
@@ -89,6 +90,18 @@ class HeldOutEvaluation(lightning.Callback):
         self._parts: dict[str, float] = {}  # seconds of the evaluations of this process
         self._started = time.monotonic()
 
+    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        """Looks whether each process has the whole policy.
+
+        Raises:
+            ValueError: its weights are divided among devices.
+        """
+        if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
+            raise ValueError(
+                "callbacks.held_out needs the whole policy on each device, and FSDP divides it among them: add "
+                "callbacks.held_out=null (checkpoints have the whole adapter), or use trainer=ddp or deepspeed."
+            )
+
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """The base model's images: the adapter is off, so a resumed run gets the same ones.
 
@@ -103,16 +116,19 @@ class HeldOutEvaluation(lightning.Callback):
             self._small = self._evaluate(trainer, module, self._watched, "base model")
         if self._base is not None and self._small is not None:
             log.info("base: %s", "  ".join(f"{name} {value:.3f}" for name, value in self._base.means().items()))
-            names = self._small.metrics()
-            if self._best is not None and self._best.metric not in names:
-                raise ValueError(f"callbacks.held_out.best={self._best.metric!r} is none of {', '.join(names)}.")
+            base = moment(0, self._small)
+            if self._history and not self._history[0].is_like(base):
+                log.warning("the evaluations until here were of other prompts or metrics: their history is left out")
+                self._history = []
             if not self._history:
-                self._history.append(moment(0, self._small))
+                self._history.append(base)
                 # Straight to the loggers: what is logged through the module waits for the end of the first epoch.
                 _log(trainer, "held_out", self._small.means())
             if self._best is not None and self._best.epoch:  # the run may go on in another folder
                 self._best.save(Path(trainer.default_root_dir) / "best", module.policy)
-        trainer.strategy.barrier()
+        names = trainer.strategy.broadcast([] if self._small is None else list(self._small.metrics()))
+        if self._best is not None and self._best.metric not in names:
+            raise ValueError(f"callbacks.held_out.best={self._best.metric!r} is none of {', '.join(names)}.")
         trainer.should_stop = trainer.should_stop or (self._best is not None and self._best.exhausted)
         self._started = time.monotonic()
 

@@ -30,23 +30,27 @@ class SweepPruning(lightning.Callback):
         if warmup < 1 or least < 1:
             raise ValueError(f"callbacks.pruning.warmup={warmup} and least={least} must be at least 1.")
         self._folder, self._metric, self._warmup, self._least = Path(folder), metric, warmup, least
-        self._best = -math.inf
+        self._best, self._given_up = -math.inf, False
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """A job that was killed after it was given up is not trained on; its evaluation is made up for."""
+        trainer.should_stop = trainer.should_stop or self._given_up
 
     def on_train_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """After the held-out evaluation, whose callback comes before."""
         done = trainer.current_epoch + 1
         self._best = max(self._best, float(trainer.callback_metrics.get(self._metric, -math.inf)))
         hopeless = trainer.is_global_zero and done >= self._warmup and self._is_hopeless(done)
-        if trainer.strategy.broadcast(hopeless):
-            trainer.should_stop = True
+        self._given_up = trainer.strategy.broadcast(hopeless)
+        trainer.should_stop = trainer.should_stop or self._given_up
 
     def state_dict(self) -> dict[str, Any]:
-        """The best value so far."""
-        return {"best": self._best}
+        """The best value so far, and whether that was too little."""
+        return {"best": self._best, "given_up": self._given_up}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Reads what `state_dict` gave."""
-        self._best = state_dict["best"]
+        self._best, self._given_up = state_dict["best"], state_dict.get("given_up", False)
 
     def _is_hopeless(self, done: int) -> bool:
         tables = (file for file in self._folder.parent.glob("*/metrics.csv") if file.parent != self._folder)

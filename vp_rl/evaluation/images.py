@@ -311,14 +311,15 @@ class Evaluator:
         ]
         found = {key: json.loads(data) for key, data in kept.store.get(keys).items()}
         missing = [number for number, key in enumerate(keys) if key not in found]
-        pictures = ([as_png(image) for image in pixels[own[number]]] for number in missing)
-        rated = asyncio.run(rate_all(judge, [prompts[number] for number in missing], pictures, quiet=True))
-        new = {
-            keys[number]: [[list(row[aspect][image]) for aspect in ASPECTS] for image in range(each)]
-            for number, row in zip(missing, rated, strict=True)
-        }
-        kept.store.put((key, json.dumps(value).encode()) for key, value in new.items())
-        found |= new
+        for some in (missing[i : i + self._batch_size] for i in range(0, len(missing), self._batch_size)):
+            pictures = ([as_png(image) for image in pixels[own[number]]] for number in some)
+            rated = asyncio.run(rate_all(judge, [prompts[number] for number in some], pictures, quiet=True))
+            new = {
+                keys[number]: [[list(row[aspect][image]) for aspect in ASPECTS] for image in range(each)]
+                for number, row in zip(some, rated, strict=True)
+            }
+            kept.store.put((key, json.dumps(value).encode()) for key, value in new.items())
+            found |= new
         by_image = [image for key in keys for image in found[key]]
         ratings = np.array([[rating for rating, _ in image] for image in by_image])
         return ratings, [tuple(reason for _, reason in image) for image in by_image]

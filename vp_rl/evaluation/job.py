@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 
 from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_only
 
 log = logging.getLogger(__name__)
 
@@ -14,7 +15,8 @@ log = logging.getLogger(__name__)
 class Job:
     """One job, in its folder; inside `with` no other process does the same one.
 
-    That matters where the sweep is killed and its workers live on: the job that is started again waits for them.
+    That matters where the sweep is killed and its workers live on: the job that is started again waits for them. Where
+    torchrun or SLURM starts several processes for one job, the main one does all this, and no other waits for it here.
 
     Args:
         folder: the job's own, the same one each time the sweep is started.
@@ -34,6 +36,9 @@ class Job:
 
     def __enter__(self) -> "Job":
         self._folder.mkdir(parents=True, exist_ok=True)
+        if rank_zero_only.rank != 0:
+            self._look()
+            return self
         try:
             self._lock.acquire(timeout=0)
         except Timeout:
@@ -54,6 +59,8 @@ class Job:
     def finish(self, objective: float | None) -> None:
         """The last thing that a job does: from now on it is finished."""
         self.finished, self.objective = True, objective
+        if rank_zero_only.rank != 0:
+            return
         unfinished = self._folder / f".job.json.{os.getpid()}"
         unfinished.write_text(json.dumps({"overrides": self._overrides, "objective": objective}, indent=2) + "\n")
         os.replace(unfinished, self._folder / "job.json")

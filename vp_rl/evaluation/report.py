@@ -66,6 +66,7 @@ def write_report(
     note: str = "",
     signs: Sequence[Sign] = (),
     categories: Mapping[str, Mapping[str, Change]] | None = None,
+    command: str = "",
 ) -> Path:
     """Writes `report.html` into the run's folder and returns its path.
 
@@ -78,8 +79,10 @@ def write_report(
         note: what readers must know of the data.
         signs: of an exploited reward.
         categories: the comparison within each category of prompts.
+        command: that made it, fit to be passed on, where it is not the one that is found in the folder.
     """
     run, values = settings.read(folder), history(folder)
+    run = run._replace(command=command or run.command)
     parts = seconds if isinstance(seconds, Mapping) else {"training": seconds}
     prompts = len(set(base.prompts))
     page = PAGES.get_template("report.html").render(

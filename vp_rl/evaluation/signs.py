@@ -54,6 +54,11 @@ class Moment:
         """Over the prompts."""
         return float(np.mean(self.values[name]))
 
+    def is_like(self, other: "Moment") -> bool:
+        """Whether the two can be compared: the same metrics, of as many prompts."""
+        one, two = ({name: len(values) for name, values in each.values.items()} for each in (self, other))
+        return one == two
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON and for checkpoints."""
         return asdict(self)

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Set
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -164,15 +165,18 @@ class Planner:
         """The largest divisor of a number that fits as a micro-batch."""
         sizes = [size for size in divisors(number) if size <= fit.MOST]
         device, estimator, training = self.trainer.strategy.root_device, self.estimator, phase == "training"
-        beside = [part for part in estimator.beside(plan) if part.phase in ("always", phase)]
-        held = sum(part.bytes or 0 for part in beside)
+
+        def held(size: int, there: str | None = None) -> int:
+            beside = estimator.beside(plan if training else replace(plan, sample_batch=size))
+            wanted = (part for part in beside if part.phase in ("always", phase))
+            return sum(part.bytes or 0 for part in wanted if there is None or not part.name.startswith(there))
+
         if device.type != "cuda":
             count = estimator.training if training else estimator.sampling
-            return fit.largest(sizes, fit.within_main_memory(count, held), name)
-        frozen = sum(part.bytes or 0 for part in beside if part.name.startswith("frozen"))  # they are there already
+            return fit.largest(sizes, lambda size: fit.within_main_memory(count, held(size))(size), name)
         with real(self.algorithm, device, self.context) as work:
             run = work.train if training else work.make
-            return fit.largest(sizes, fit.on_gpu(run, device, held - frozen), name)
+            return fit.largest(sizes, lambda size: fit.on_gpu(run, device, held(size, "frozen"))(size), name)
 
 
 _BATCHES = "data.batch_size", "data.batch_size"  # ReFL samples what it trains on

@@ -1,5 +1,7 @@
 """Between images in [0, 1] and the latents that denoisers work on."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from diffusers import AutoencoderKL
 from jaxtyping import Float
@@ -19,7 +21,9 @@ def decode(
         at_once: images that are decoded together, which bounds the peak; None: all.
     """
     scaled = (latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(vae.dtype)
-    images = [vae.decode(rows, return_dict=False)[0].float() for rows in scaled.split(at_once or max(1, len(scaled)))]
+    parts = scaled.split(at_once or max(1, len(scaled)))
+    with _wide(vae):
+        images = [vae.decode(rows, return_dict=False)[0].float() for rows in parts]
     return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
 
 
@@ -29,5 +33,13 @@ def encode(
 ) -> Float[Tensor, "batch channels rows columns"]:
     """The mean of the VAE's posterior, shifted and scaled as the denoiser expects; `at_once` as in `decode`."""
     inputs = (images * 2 - 1).to(vae.dtype).split(at_once or max(1, len(images)))
-    mean = torch.cat([vae.encode(rows).latent_dist.mean for rows in inputs])
+    with _wide(vae):
+        mean = torch.cat([vae.encode(rows).latent_dist.mean for rows in inputs])
     return (mean.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+
+
+def _wide(vae: AutoencoderKL) -> AbstractContextManager[object]:
+    """A VAE that is in float32 stays so under an autocast to float16, which SDXL's would overflow in."""
+    kind = vae.device.type
+    narrow = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return torch.autocast(kind, enabled=False) if narrow and vae.dtype == torch.float32 else nullcontext()

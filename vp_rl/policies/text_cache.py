@@ -54,7 +54,7 @@ class TextCache:
         """Keeps them; a disk that is full is a warning."""
         tensors = {f"{key}.{name}": part.cpu().contiguous() for key, row in rows.items() for name, part in row.items()}
         sums = {key: _checksum(row) for key, row in rows.items()}
-        path = self._folder / f"{_digest(sorted(rows))}.safetensors"
+        path = self._path(rows)
         unfinished = path.with_name(f".{uuid.uuid4().hex}.tmp")
         try:
             save_file(tensors, unfinished, metadata=sums)
@@ -64,6 +64,9 @@ class TextCache:
             log.warning("policy.economy.text_cache: could not write %s: %s", path, error)
         finally:
             unfinished.unlink(missing_ok=True)
+
+    def _path(self, keys: Iterable[str]) -> Path:
+        return self._folder / f"{_digest(sorted(keys))}.safetensors"
 
     def _scan(self) -> None:
         """Looks at files that are new here."""
@@ -115,8 +118,9 @@ class TextCache:
             begun.append(path)
             if len(batch) >= _PACK or path is loose[-1]:
                 self.put(batch)
-                for done in begun:
-                    if self._files.pop(done, None) is not None:
+                written = self._path(batch)
+                for done in begun:  # a full disk leaves them; one that is alone is what was written
+                    if written in self._files and done != written and self._files.pop(done, None) is not None:
                         done.unlink(missing_ok=True)
                 batch, begun = {}, []
 
