@@ -104,7 +104,7 @@ def test_prompts_are_polished_with_the_original_beside_them_and_no_two_become_on
 def test_a_build_goes_on_after_its_budget_was_raised_and_asks_nothing_twice(tmp_path: Path) -> None:
     with ChatServer(tmp_path / "log.jsonl") as server:
         prices = {"usd_per_million_input": 1000.0, "usd_per_million_output": 1000.0}
-        annotator = OpenAIChatAnnotator(chat(server, **prices))
+        annotator = OpenAIChatAnnotator(chat(server, timeout=120.0, **prices))  # busy machines answer late
         with pytest.raises(BudgetReached):
             builder(prompts(), annotator, budget_usd=60.0).build(tmp_path / "set")
         asked = len(server.requests)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 from test_evaluation import SAMPLER, Bright, Brightness, Prompts, evaluator
 
@@ -148,6 +149,8 @@ def test_checkpoints_can_be_kept_by_the_held_out_judge(tmp_path: Path) -> None:
 
 def test_only_the_main_process_judges_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lightning.Trainer, "is_global_zero", False)
+    told = {"[]": ["reward"]}  # by the main process: the metrics that it has
+    monkeypatch.setattr(SingleDeviceStrategy, "broadcast", lambda _, obj, src=0: told.get(str(obj), obj))
     monkeypatch.setattr(Evaluator, "judge", lambda *_: pytest.fail("another process judges"))
     fit(tmp_path, [held_out(every=1, best="reward")])
     assert list(tmp_path.iterdir()) == []

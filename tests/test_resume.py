@@ -23,6 +23,8 @@ SHORT = (
     "evaluation.seeds=[0]",
     "evaluation.sampler.steps=2",
     "callbacks.checkpoint.keep=10",
+    "callbacks.held_out.best=null",  # the result is the last adapter: it shows whatever went wrong on the way
+    "callbacks.held_out.patience=null",
 )
 REFL = ("experiment=refl_vpscore", "algorithm.decay=false", *(name for name in TINY if "images_per_prompt" not in name))
 RUNS = {"ddpo": (*DDPO, *SHORT), "refl": (*REFL, *SHORT, "data.batch_size=4")}
