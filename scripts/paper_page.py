@@ -132,10 +132,10 @@ def read(folder: Path, seeds: Sequence[int]) -> Results:
     for seed in seeds:
         for entry in load(folder / f"accuracy-{seed}" / "accuracy.json", []):
             name = entry["reward"].removeprefix("reward-").removesuffix(f"-{seed}")
-            accuracy.setdefault(name, {})[seed] = measured(entry["accuracy"]["pooled"], "share")
+            accuracy.setdefault(name, {})[seed] = measured(next(iter(entry["accuracy"].values())), "share")
         table = load(folder / f"reward-all-{seed}" / "summary.json", {}).get("accuracy", {})
         for name, by_rule in table.items():
-            if "annotator" in name.lower():
+            if "noisy" in name:
                 accuracy.setdefault("annotator", {})[seed] = measured(by_rule["mean"], "share")
         for name in {**_TUNED, **_ABLATED}:
             for metric, found in load(folder / f"{name}-{seed}" / "summary.json", {}).get("held_out", {}).items():

@@ -111,7 +111,7 @@ def results(folder: Path, better: float) -> None:
     """Files of finished jobs: the reward of all data is ahead by `better` points, as is the model tuned against it."""
     for seed in SEEDS:
         entries = [
-            {"reward": name, "accuracy": {"pooled": {"share": value, "low": value - 0.02, "high": value + 0.02}}}
+            {"reward": name, "accuracy": {"pooled pairs": {"share": value, "low": value - 0.02, "high": value + 0.02}}}
             for name, value in ((f"reward-all-{seed}", 0.6 + better / 100), ("clip", 0.6))
         ]
         (folder / f"accuracy-{seed}").mkdir()
