@@ -80,3 +80,10 @@ def test_the_page_is_safe_to_pass_on_and_asks_the_network_for_nothing(tmp_path: 
         text = (tmp_path / file).read_text(encoding="utf-8")
         assert "someone" not in text
         assert "abc" not in text
+
+
+def test_a_reward_model_that_people_have_judged_has_its_accuracy_in_the_table(tmp_path: Path) -> None:
+    (tmp_path / "0").mkdir()
+    (tmp_path / "0" / "summary.json").write_text(json.dumps({"accuracy": {"VP-Score": {"people": {"share": 0.625}}}}))
+    assert write_table(tmp_path) == [{"run": "0", "accuracy of VP-Score": "0.625"}]
+    assert "62.5%" in (tmp_path / "results.html").read_text()

@@ -61,9 +61,8 @@ class Job:
         self.finished, self.objective = True, objective
         if rank_zero_only.rank != 0:
             return
-        unfinished = self._folder / f".job.json.{os.getpid()}"
-        unfinished.write_text(json.dumps({"overrides": self._overrides, "objective": objective}, indent=2) + "\n")
-        os.replace(unfinished, self._folder / "job.json")
+        said = json.dumps({"overrides": self._overrides, "objective": objective}, indent=2)
+        replace(self._folder / "job.json", said + "\n")
 
     def _look(self) -> None:
         file = self._folder / "job.json"
@@ -79,3 +78,10 @@ class Job:
             )
         self.finished, self.objective = True, found["objective"]
         log.info("job %s is finished: its objective is %s", self._folder.name, self.objective)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file of a sweep's folder: readers, and other jobs that write too, see one whole text or another."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished.write_text(text, encoding="utf-8")
+    os.replace(unfinished, path)

@@ -3,14 +3,14 @@
 import csv
 import io
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from vp_rl.evaluation.job import replace
 from vp_rl.evaluation.settings import override
-from vp_rl.evaluation.sweep_page import page
+from vp_rl.evaluation.sweep_page import accuracies, page
 
 _METRICS = ("reward", "prompt_following", "mean_rating", "correct")
 
@@ -34,13 +34,13 @@ def write_table(folder: Path) -> list[Cells]:
     writer = csv.DictWriter(text, _columns(rows), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    _replace(folder / "results.csv", text.getvalue())
+    replace(folder / "results.csv", text.getvalue())
     lines = [_columns(read), ["---"] * len(_columns(read))]
     lines += [[row.get(column, "").replace("|", "\\|") for column in _columns(read)] for row in read]
-    _replace(folder / "results.md", "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
+    replace(folder / "results.md", "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n")
     if runs:
         given = [{name: value for name, value in own.items() if name != "run"} for own in overrides]
-        _replace(folder / "results.html", page(runs, given, summaries))
+        replace(folder / "results.html", page(runs, given, summaries))
     return rows
 
 
@@ -84,18 +84,9 @@ def _changes(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
 
 def _others(summary: dict[str, Any]) -> dict[str, float]:
     """A reward model's accuracies, and what the run cost."""
-    accuracies = {
-        f"accuracy of {name}": by_rule["mean"]["share"] for name, by_rule in summary.get("accuracy", {}).items()
-    }
-    return accuracies | {name: summary[name] for name in ("training_seconds",) if name in summary}
+    found = {f"accuracy of {name}": share for name, share in accuracies(summary).items()}
+    return found | {name: summary[name] for name in ("training_seconds",) if name in summary}
 
 
 def _order(run: Path) -> tuple[int, str]:
     return (int(run.name), "") if run.name.isdigit() else (1 << 30, run.name)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Another job of the sweep may be writing too: readers see one whole table or the other."""
-    unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)

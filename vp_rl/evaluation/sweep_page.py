@@ -58,7 +58,7 @@ def page(
                 name=folder.name,
                 settings={name: value for name, value in given.items() if name not in shared},
                 rows={name: row(name, own, peers[name]) for name, own in changes[place].items()},
-                accuracies={name: f"{100 * each['mean']['share']:.1f}%" for name, each in _accuracy(summary).items()},
+                accuracies={name: f"{100 * each:.1f}%" for name, each in accuracies(summary).items()},
                 time=duration(summary["training_seconds"]) if "training_seconds" in summary else "",
                 base="" if before == base else before,
                 trained=trained,
@@ -85,8 +85,9 @@ def _union(rows: Any) -> list[str]:
     return list(dict.fromkeys(name for each in rows for name in each))
 
 
-def _accuracy(summary: Mapping[str, Any]) -> Mapping[str, Any]:
-    return summary.get("accuracy", {})
+def accuracies(summary: Mapping[str, Any]) -> dict[str, float]:
+    """A reward model's accuracies, each by the rule that stands first: by the mean rating, or by what people prefer."""
+    return {name: next(iter(by_rule.values()))["share"] for name, by_rule in summary.get("accuracy", {}).items()}
 
 
 def _strips(run: Path) -> tuple[str, str]:
