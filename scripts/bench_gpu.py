@@ -30,10 +30,9 @@ import torch
 from bench_ddpo import Stopwatch
 from bench_ddpo_trl import LORA
 from bench_reward import random_reward
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from memory import sd15
 from peft import LoraConfig
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from trl_peer import ENVIRONMENT, Peer
 
 from vp_rl.algorithms.ddpo import DDPO
@@ -126,33 +125,7 @@ def run(given: argparse.Namespace, pipeline: str, device: torch.device) -> None:
 def random_pipeline(folder: Path) -> Path:
     """Stable Diffusion 1.5's sizes: 860, 123 and 84 million parameters."""
     torch.manual_seed(0)
-    words = tiny.WEIGHTS / "sd" / "tokenizer"
-    pipeline = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            sample_size=512,
-        ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-        ),
-        tokenizer=CLIPTokenizer.from_pretrained(words, model_max_length=77),
-        unet=UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            clip_sample=False,
-            set_alpha_to_one=False,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipeline.save_pretrained(folder)
+    sd15().save_pretrained(folder)
     return folder
 
 

@@ -9,15 +9,14 @@ from itertools import chain, combinations
 from pathlib import Path
 from typing import NamedTuple
 
-import lightning
 import numpy as np
 import torch
 from einops import rearrange
 from jaxtyping import UInt8
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from vp_rl.data.preferences import loader, shifted
+from vp_rl.data.preferences import PairLoaders, shifted
 from vp_rl.data.sets.base import HumanSet, Judged
 from vp_rl.data.sets.pack import Pack, packed
 from vp_rl.types import ASPECTS, PreferenceBatch, Split
@@ -52,7 +51,7 @@ class Seen(NamedTuple):
     pixels: UInt8[np.ndarray, "images size size 3"]
 
 
-class HumanDataModule(lightning.LightningDataModule):
+class HumanDataModule(PairLoaders):
     """Batches of prompts: each image once, with every pair of it that people do not tie.
 
     Prompts of the test sets are left out of training and validation, those of validation out of training, whatever set
@@ -67,10 +66,7 @@ class HumanDataModule(lightning.LightningDataModule):
             it before they batch images of many sizes: the side that the reward looks at.
         group: most images of a prompt that come together; a prompt with more comes in parts.
         cache: folder for copies of sets whose images are in their tables; see `sets.pack`.
-        batch_size: prompts of each device in a batch.
-        shift: see `PreferenceDataModule`.
-        num_workers: processes that read and decode images.
-        seed: of the order of training.
+        batch_size, shift, num_workers, seed: see `PairLoaders`.
 
     Raises:
         ValueError: a setting makes no sense.
@@ -90,7 +86,7 @@ class HumanDataModule(lightning.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, shift, num_workers, seed)
         if not train:
             raise ValueError("data.train has no set: choose one by human@data.train.set=NAME.")
         if not validation and not 0 < validation_share < 1:
@@ -102,7 +98,6 @@ class HumanDataModule(lightning.LightningDataModule):
             raise ValueError(f"data.size={size}, data.group={group}, data.batch_size={batch_size}: one is too small.")
         self._sets: dict[Split, Mapping[str, HumanSet]] = {"train": train, "validation": validation, "test": test}
         self._share, self._size, self._group, self._cache = validation_share, size, group, Path(cache)
-        self._batch_size, self._shift, self._num_workers, self._seed = batch_size, shift, num_workers, seed
 
     def prepare_data(self) -> None:
         """Downloads what is absent, and copies the images of sets that cannot be read in any order.
@@ -112,26 +107,14 @@ class HumanDataModule(lightning.LightningDataModule):
         """
         for split in SPLITS:
             if split != "test" or self._sets["test"]:
-                self._prompts(split)
+                self.prompts(split)
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled anew in every epoch, by the seed and the epoch alone."""
-        return self._loader("train", shuffle=True)
+    def collate(self, shift: int) -> "Collate":
+        """See `PairLoaders`."""
+        return Collate(shift)
 
-    def val_dataloader(self) -> DataLoader:
-        """In the sets' order."""
-        return self._loader("validation", shuffle=False)
-
-    def test_dataloader(self) -> DataLoader:
-        """In the sets' order."""
-        return self._loader("test", shuffle=False)
-
-    def _loader(self, split: Split, shuffle: bool) -> DataLoader:
-        collate = Collate(self._shift if shuffle else 0)
-        prompts = self._prompts(split)
-        return loader(self, prompts, self._batch_size, collate, shuffle, self._seed, self._num_workers)
-
-    def _prompts(self, split: Split) -> "ComparedPrompts":
+    def prompts(self, split: Split) -> "ComparedPrompts":
+        """See `PairLoaders`."""
         if not self._splits[split]:
             raise ValueError(
                 f"No prompt of data.{split} has two images that people rank differently, or all of them are in "

@@ -4,6 +4,7 @@ import io
 import logging
 import math
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,19 +66,73 @@ class RatedPrompts(Dataset[RatedPrompt]):
         return _rated(self._rows[self._wanted[index]], self._annotator)
 
 
-class PreferenceDataModule(lightning.LightningDataModule):
-    """Batches of whole prompts: each image once, with every pair of it that the ratings do not tie.
+class PairLoaders(lightning.LightningDataModule, ABC):
+    """Batches of prompts that devices share, as many for each.
 
     Args:
-        folder: of the dataset.
         batch_size: prompts of each device in a batch.
-        aspects: how ratings become pairs: `pooled`, `mean`, one aspect or several (see `visionprefer.pairs`).
-        share: of the training prompts that are used, from the first: what are more of them worth?
-        builder: makes the dataset if the folder is absent; None if it must be there.
         shift: training images are moved by up to so many pixels each way, their edges repeated. A small set is learnt
             by heart without it. 0: they are not.
         num_workers: processes that decode images.
         seed: of the order of training.
+    """
+
+    def __init__(self, batch_size: int, shift: int, num_workers: int, seed: int) -> None:
+        super().__init__()
+        self._batch_size, self._shift, self._num_workers, self._seed = batch_size, shift, num_workers, seed
+
+    @abstractmethod
+    def prompts(self, split: Split) -> Dataset[Any]:
+        """The prompts of a split.
+
+        Raises:
+            ValueError: none has a pair.
+        """
+
+    @abstractmethod
+    def collate(self, shift: int) -> Callable[[Any], PreferenceBatch]:
+        """Makes a batch of prompts, their images moved by up to so many pixels; worker processes can be sent it."""
+
+    def train_dataloader(self) -> DataLoader:
+        """Shuffled anew in every epoch, by the seed and the epoch alone."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        """In the data's order."""
+        return self._loader("validation", shuffle=False)
+
+    def test_dataloader(self) -> DataLoader:
+        """In the data's order."""
+        return self._loader("test", shuffle=False)
+
+    def _loader(self, split: Split, shuffle: bool) -> DataLoader:
+        prompts, trainer = self.prompts(split), self.trainer
+        sampler = DistributedSampler(
+            prompts,
+            num_replicas=trainer.world_size if trainer else 1,
+            rank=trainer.global_rank if trainer else 0,
+            shuffle=shuffle,
+            seed=zlib.crc32(str(self._seed).encode()),  # the epoch is added: neighbouring seeds must not overlap
+        )
+        return DataLoader(
+            prompts,
+            self._batch_size,
+            sampler=sampler,
+            num_workers=self._num_workers,
+            collate_fn=self.collate(self._shift if shuffle else 0),
+            persistent_workers=self._num_workers > 0,
+        )
+
+
+class PreferenceDataModule(PairLoaders):
+    """Batches of whole prompts: each image once, with every pair of it that the ratings do not tie.
+
+    Args:
+        folder: of the dataset.
+        aspects: how ratings become pairs: `pooled`, `mean`, one aspect or several (see `visionprefer.pairs`).
+        share: of the training prompts that are used, from the first: what are more of them worth?
+        builder: makes the dataset if the folder is absent; None if it must be there.
+        batch_size, shift, num_workers, seed: see `PairLoaders`.
 
     Raises:
         ValueError: the rule is unknown, or the share impossible.
@@ -94,12 +149,11 @@ class PreferenceDataModule(lightning.LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, shift, num_workers, seed)
         aspects_of(aspects)
         if not 0 < share <= 1:
             raise ValueError(f"data.share={share} must be above 0 and at most 1.")
-        self._folder, self._batch_size, self._rule, self._share = Path(folder), batch_size, aspects, share
-        self._builder, self._shift, self._num_workers, self._seed = builder, shift, num_workers, seed
+        self._folder, self._rule, self._share, self._builder = Path(folder), aspects, share, builder
 
     def prepare_data(self) -> None:
         """Builds the dataset where there is none; one process of a machine does.
@@ -118,55 +172,19 @@ class PreferenceDataModule(lightning.LightningDataModule):
             log.info("VisionPrefer: building %s", self._folder)
             self._builder.build(self._folder)
 
-    def train_dataloader(self) -> DataLoader:
-        """Shuffled anew in every epoch, by the seed and the epoch alone."""
-        return self._loader("train", shuffle=True)
-
-    def val_dataloader(self) -> DataLoader:
-        """In the dataset's order."""
-        return self._loader("validation", shuffle=False)
-
-    def test_dataloader(self) -> DataLoader:
-        """In the dataset's order."""
-        return self._loader("test", shuffle=False)
-
-    def _loader(self, split: Split, shuffle: bool) -> DataLoader:
+    def prompts(self, split: Split) -> "RatedPrompts":
+        """See `PairLoaders`."""
         prompts = RatedPrompts(self._folder, split, self._rule, self._share if split == "train" else 1.0)
         if not len(prompts):
             raise ValueError(
                 f"No prompt of the {split} split in '{self._folder}' has two images that data.aspects={self._rule!r} "
                 "ranks differently: there is nothing to learn from. Choose another rule, or build a larger set."
             )
-        collate = Collate(self._rule, self._shift if shuffle else 0)
-        return loader(self, prompts, self._batch_size, collate, shuffle, self._seed, self._num_workers)
+        return prompts
 
-
-def loader(
-    data: lightning.LightningDataModule,
-    prompts: Dataset[Any],
-    batch_size: int,
-    collate: Callable[[Any], PreferenceBatch],
-    shuffle: bool,
-    seed: int,
-    num_workers: int,
-) -> DataLoader:
-    """Batches of prompts that devices share, as many for each; the order is by seed and epoch alone."""
-    trainer = data.trainer
-    sampler = DistributedSampler(
-        prompts,
-        num_replicas=trainer.world_size if trainer else 1,
-        rank=trainer.global_rank if trainer else 0,
-        shuffle=shuffle,
-        seed=zlib.crc32(str(seed).encode()),  # the epoch is added to it: neighbouring seeds must not overlap
-    )
-    return DataLoader(
-        prompts,
-        batch_size,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=collate,
-        persistent_workers=num_workers > 0,
-    )
+    def collate(self, shift: int) -> "Collate":
+        """See `PairLoaders`."""
+        return Collate(self._rule, shift)
 
 
 class Collate:

@@ -63,8 +63,7 @@ def pairwise_accuracy(
 
 def preferred(right: Bool[np.ndarray, " pairs"], prompts: Sequence[str]) -> Accuracy:
     """Of pairs that are given, each with its prompt."""
-    cluster = np.unique(prompts, return_inverse=True)[1]
-    return share(np.bincount(cluster, right).astype(float), np.bincount(cluster).astype(float))
+    return accuracy(Outcome(right.astype(float), np.ones(len(right)), list(prompts), ""))
 
 
 def accuracy(outcome: Outcome) -> Accuracy:

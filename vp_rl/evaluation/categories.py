@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from vp_rl.evaluation.compare import Change, better_or_worse, compare
+from vp_rl.evaluation.compare import Change, compare_metrics
 from vp_rl.evaluation.images import Evaluation
 
 
@@ -20,4 +20,4 @@ def by_category(base: Evaluation, tuned: Evaluation, categories: Mapping[str, st
     """
     names = np.array([categories.get(prompt, "") for prompt in base.prompts])
     chosen = {str(name): np.flatnonzero(names == name) for name in dict.fromkeys(names) if name}
-    return {name: better_or_worse(compare(base.rows(rows), tuned.rows(rows))) for name, rows in sorted(chosen.items())}
+    return {name: compare_metrics(base.rows(rows), tuned.rows(rows)) for name, rows in sorted(chosen.items())}

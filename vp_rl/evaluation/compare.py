@@ -41,21 +41,27 @@ def compare(base: Evaluation, tuned: Evaluation) -> dict[str, Change]:
     all their seeds, since those are not independent.
 
     Raises:
+        ValueError: see `compare_metrics`.
+    """
+    changes = compare_metrics(base, tuned)
+    before, after = dict(base.looks), dict(tuned.looks)
+    after["look/distance"] = np.linalg.norm(tuned.features - base.features, axis=1)
+    before["look/distance"] = np.zeros(len(base.prompts))
+    return changes | {name: change(values, after[name], base.prompt) for name, values in before.items()}
+
+
+def compare_metrics(base: Evaluation, tuned: Evaluation) -> dict[str, Change]:
+    """Of what is better or worse alone.
+
+    Raises:
         ValueError: the two evaluations are not of the same prompts and seeds.
     """
     if (base.prompts, base.seeds) != (tuned.prompts, tuned.seeds):
         raise ValueError(
             "Only evaluations of the same prompts and seeds can be compared: make both with one Evaluator."
         )
-    before, after = ({**side.metrics(), **side.looks} for side in (base, tuned))
-    after["look/distance"] = np.linalg.norm(tuned.features - base.features, axis=1)
-    before["look/distance"] = np.zeros(len(base.prompts))
-    return {name: change(values, after[name], base.prompt) for name, values in before.items()}
-
-
-def better_or_worse(changes: Mapping[str, Change]) -> dict[str, Change]:
-    """Without what images look like."""
-    return {name: each for name, each in changes.items() if not name.startswith("look/")}
+    after = tuned.metrics()
+    return {name: change(values, after[name], base.prompt) for name, values in base.metrics().items()}
 
 
 def change(before: np.ndarray, after: np.ndarray, prompt: np.ndarray) -> Change:
