@@ -401,15 +401,24 @@ def test_who_presses_control_c_twice_does_not_want_to_wait(tmp_path: Path) -> No
     assert not (tmp_path / "run").exists()
 
 
-def test_a_handler_that_requeues_the_job_is_called_when_the_checkpoint_is_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("algorithm", "last"),
+    [
+        (lambda: refl(Counted(kills(2, signal.SIGUSR1)), Counting()), "epoch=0000-batch=0002.ckpt"),  # in an update
+        (lambda: ddpo(LinearPolicy(), Counting(kills(6, signal.SIGUSR1))), "epoch=0001-batch=0002.ckpt"),  # in a round
+    ],
+)
+def test_a_handler_that_requeues_the_job_is_called_when_the_checkpoint_is_there(
+    algorithm: Callable[[], PolicyTraining], last: str, tmp_path: Path
+) -> None:
     found = []
-    before = signal.signal(signal.SIGUSR1, lambda *_: found.append(names(tmp_path)))  # as Lightning's does under SLURM
+    before = signal.signal(signal.SIGUSR1, lambda *_: found.append(latest(tmp_path).name))  # as Lightning's under SLURM
     try:
         with pytest.raises(Interrupted):
-            fit(refl(Counted(kills(2, signal.SIGUSR1)), Counting()), tmp_path)
+            fit(algorithm(), tmp_path)
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert found == [["epoch=0000-batch=0002.ckpt"]]
+    assert found == [last]
 
 
 def test_signals_do_after_a_run_what_they_did_before(tmp_path: Path) -> None:

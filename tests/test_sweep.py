@@ -3,11 +3,15 @@
 import csv
 import json
 import re
+import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pytest
 from test_report import Page
 
+from vp_rl.evaluation import sweep
 from vp_rl.evaluation.grid import grid
 from vp_rl.evaluation.sweep import write_table
 
@@ -44,6 +48,27 @@ def test_a_sweep_of_reward_models_has_their_accuracies(tmp_path: Path) -> None:
     assert write_table(tmp_path) == [{"run": "0", "accuracy of VP-Score": "0.8125"}]
 
 
+def test_of_two_jobs_that_end_together_neither_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(tmp_path, "0", "seed=0", 0.1)
+    (tmp_path / "1" / ".hydra").mkdir(parents=True)
+    other, read = threading.Thread(target=write_table, args=[tmp_path]), sweep._summary
+
+    def slowly(file: Path) -> dict[str, Any]:
+        """The first job has read that the second is not finished; then that one ends, and writes too."""
+        found = read(file)
+        if file.parent.name == "1" and not other.ident:
+            (tmp_path / "1" / "summary.json").write_text((tmp_path / "0" / "summary.json").read_text())
+            other.start()
+            other.join(timeout=1)
+        return found
+
+    monkeypatch.setattr(sweep, "_summary", slowly)
+    write_table(tmp_path)
+    other.join()
+    with (tmp_path / "results.csv").open(newline="") as file:
+        assert [row["mean_rating"] for row in csv.DictReader(file)] == ["1.1", "1.1"]
+
+
 def samples(folder: Path, epoch: int, base: int, trained: int) -> None:
     (folder / "samples").mkdir(exist_ok=True)
     rows = [np.full((3, 8, 8, 3), value, dtype=np.uint8) for value in (base, trained)]
@@ -57,6 +82,7 @@ def test_the_page_shows_the_last_images_of_each_run_and_the_base_once(tmp_path: 
         samples(tmp_path / str(number), 4, 100, 120)
         samples(tmp_path / str(number), 12, 100, 150 + number)
     (tmp_path / "2" / "samples" / "epoch_0012.png").write_bytes(b"\x89PNG half")
+    (tmp_path / "1" / "summary.json").unlink()  # it is still training, beside the run that writes the page
     write_table(tmp_path)
     page = Page((tmp_path / "results.html").read_text(encoding="utf-8"))
     named = [value for name, value in page.attributes if name == "alt"]

@@ -156,6 +156,8 @@ class RunCheckpoints(Checkpoint):
             newest = max(self._own(), key=order, default=None)
             kept = f"resume=auto goes on from {newest}" if newest else "there was nothing to keep yet"
             log.warning("stopped by %s; %s", exception.signal.name, kept)
+        if self._alone and not self._left:
+            self._leave()
 
     def on_fit_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Finishes a run that was killed after its last epoch: Lightning has nothing to train and skips the rest."""

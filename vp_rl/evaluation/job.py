@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import secrets
 from pathlib import Path
 from types import TracebackType
 
@@ -82,6 +83,6 @@ class Job:
 
 def replace(path: Path, text: str) -> None:
     """Writes a file of a sweep's folder: readers, and other jobs that write too, see one whole text or another."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # jobs in containers may share a process id
     unfinished.write_text(text, encoding="utf-8")
     os.replace(unfinished, path)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock
 
 from vp_rl.evaluation.job import replace
 from vp_rl.evaluation.settings import override
@@ -25,6 +26,11 @@ def write_table(folder: Path) -> list[Cells]:
     Returns:
         The rows of `results.csv`, by column.
     """
+    with FileLock(folder / ".lock"):  # of two that end together, the one that has read less must not write last
+        return _write(folder)
+
+
+def _write(folder: Path) -> list[Cells]:
     runs = sorted({path.parent for name in (".hydra", "summary.json") for path in folder.glob(f"*/{name}")}, key=_order)
     overrides = [_overrides(run) for run in runs]
     summaries = [_summary(run / "summary.json") for run in runs]
