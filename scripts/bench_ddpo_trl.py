@@ -37,6 +37,7 @@ LORA = {
 
 def redness(images: Tensor) -> Tensor:
     """A reward that costs next to nothing: the red channel's mean over the others'. Images are in [0, 1]."""
+    images = images.float()  # in half precision, TRL's trainer cannot hand the scores to numpy
     return images[:, 0].mean((1, 2)) - images[:, 1:].mean((1, 2, 3))
 
 

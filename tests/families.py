@@ -88,7 +88,8 @@ def perturb(policy: Policy) -> None:
 def predict(policy: Policy, prompts: list[str] = PROMPTS, guidance: float = 1.0) -> torch.Tensor:
     """From the same latents every time."""
     latents = policy.noise(len(prompts), torch.Generator().manual_seed(3))
-    return policy.predict(latents, TIMESTEP[: len(prompts)], policy.encode(prompts), guidance)
+    timestep = TIMESTEP[: len(prompts)].to(latents.device)
+    return policy.predict(latents, timestep, policy.encode(prompts), guidance)
 
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:

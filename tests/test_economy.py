@@ -12,11 +12,14 @@ from fakes import fit
 from families import FAMILIES, Redness, adapter, build, denoiser, gradients, make, perturb, predict
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from lightning.pytorch.plugins.precision import MixedPrecision
+from peft.tuners.lora import Linear
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from vp_rl.algorithms.ddpo import DDPO
 from vp_rl.policies.economy import Economy
+from vp_rl.policies.lora import _Linear
 from vp_rl.sampler import Sampler
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -89,6 +92,61 @@ def test_tiles_meet_without_seams_where_the_image_is_smooth_and_pass_gradients()
     for ours, theirs in zip(decoded(tiled), decoded(plain), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert len(calls) == 16
+
+
+# --- what autocast and PEFT do in vain
+
+
+@pytest.mark.parametrize(("dtype", "cast"), [("bfloat16", False), ("float32", True)])
+def test_norms_of_a_model_in_half_precision_are_left_in_it(
+    dtype: str, cast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, seen, norm = build("sd15", dtype=dtype), set(), nn.functional.group_norm
+
+    def spy(*args: Any) -> torch.Tensor:
+        seen.add(torch.is_autocast_enabled("cpu"))
+        return norm(*args)
+
+    monkeypatch.setattr(nn.functional, "group_norm", spy)
+    with torch.autocast("cpu", torch.bfloat16):  # on a CPU it leaves them alone itself
+        predict(policy)
+        policy.decode(latents_of(policy))
+    assert seen == {cast}
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # of FLUX's norms in float32
+@pytest.mark.parametrize("case", FAMILIES)
+def test_lora_layers_compute_what_pefts_do(case: str) -> None:
+    policy = make(case, lora={"r": 4, "lora_alpha": 8})
+    perturb(policy)
+    ours = [module for module in policy.modules() if type(module) is _Linear]
+    assert ours
+    predicted, slopes = predict(policy), gradients(policy)
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = predict(policy)
+    for module in ours:
+        module.__class__ = Linear
+    torch.testing.assert_close(predicted, predict(policy), rtol=1e-5, atol=1e-6)
+    for name, slope in gradients(policy).items():
+        assert (slope - slopes[name]).norm() <= 1e-4 * slope.norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = predict(policy)
+    # One rounding less, of the sum alone; half as much again for luck.
+    assert (rounded - predicted).norm() <= 1.5 * (theirs - predicted).norm()
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_lora_layers_in_half_precision_have_gradients_in_float32_that_point_where_pefts_do(case: str) -> None:
+    policy = make(case, dtype="bfloat16")
+    perturb(policy)
+    slopes = gradients(policy)
+    for module in policy.modules():
+        if type(module) is _Linear:
+            module.__class__ = Linear
+    theirs = gradients(policy)
+    assert {slope.dtype for slope in slopes.values()} == {torch.float32}
+    flat, other = (torch.cat([slope.flatten() for slope in each.values()]) for each in (slopes, theirs))
+    assert nn.functional.cosine_similarity(flat, other, dim=0) > 0.99  # both are rounded to 8 bits in every layer
 
 
 # --- memory format
@@ -208,6 +266,28 @@ def test_every_optimizer_trains_a_lora(name: str) -> None:
     assert any(not torch.equal(tensor, before[key]) for key, tensor in adapter(policy).items())
     kinds = {value.dtype for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)}
     assert (torch.uint8 in kinds) == ("8bit" in name)
+
+
+def fused(lr: float = 0.1) -> DDPO:
+    policy = make("sd15")
+    make_optimizer = partial(torch.optim.SGD, lr=lr, fused=True)
+    return DDPO(
+        policy, Redness(), Sampler(2, 1.0, 1.0), make_optimizer, images_per_prompt=4, sample_batch=8, train_batch=64
+    )
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_fused_optimizers_gradients_are_clipped_where_there_is_no_loss_scale(precision: Any) -> None:
+    algorithm = fused()
+    before = {name: tensor.clone() for name, tensor in adapter(algorithm.policy).items()}
+    fit(algorithm, precision=precision, gradient_clip_val=1e-3)
+    moved = torch.stack([(tensor - before[name]).norm() for name, tensor in adapter(algorithm.policy).items()]).norm()
+    assert moved.item() == pytest.approx(0.1 * 1e-3, rel=1e-2)
+
+
+def test_a_fused_optimizer_with_a_loss_scale_is_told() -> None:
+    with pytest.raises(ValueError, match=r"fused SGD cannot clip gradients under trainer\.precision=16-mixed: take"):
+        fit(fused(), plugins=[MixedPrecision("16-mixed", "cpu")], gradient_clip_val=1.0)
 
 
 # --- what a user can get wrong

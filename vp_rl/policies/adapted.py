@@ -17,6 +17,7 @@ from vp_rl.interfaces import Policy
 from vp_rl.policies import autoencoder
 from vp_rl.policies.economy import Economy
 from vp_rl.policies.lora import Adapter
+from vp_rl.policies.precision import keep_norms
 from vp_rl.policies.text_cache import TextCache, key_of
 from vp_rl.types import Conditioning, Images, Latents
 
@@ -61,6 +62,8 @@ class AdaptedPolicy(Policy):
         self.requires_grad_(False)
         self.eval()
         economy.arrange(denoiser, self.vae)
+        keep_norms(denoiser, denoiser.dtype)
+        keep_norms(self.vae, self.vae.dtype)
         self.adapter = Adapter(denoiser, lora, component, type(pipeline))
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
 
 _CHOICES = {
     "text_encoders": ("device", "visit", "cpu"),
@@ -58,7 +59,10 @@ class Economy:
             return
         dynamo = torch._dynamo.config
         dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)  # beyond it, code would run uncompiled
-        denoiser._repeated_blocks = denoiser._repeated_blocks or denoiser._no_split_modules  # SD 3's names none
+        blocks = list(denoiser._repeated_blocks or denoiser._no_split_modules or ())  # SD 3 has the latter alone
+        if isinstance(denoiser, UNet2DConditionModel):  # half of its work, which diffusers leaves out
+            blocks.append(ResnetBlock2D.__name__)
+        denoiser._repeated_blocks = blocks
         denoiser.compile_repeated_blocks()
 
 

@@ -52,6 +52,11 @@ def load_pipeline(
         FileNotFoundError: there is neither such a folder nor such a hub repository.
         ValueError: the pipeline is of another family, or is incomplete; or quantised layers have no GPU.
     """
+    if source.quantize is not None and not torch.cuda.is_available():
+        raise ValueError(
+            f"policy.economy.quantize={source.quantize} needs a GPU, and there is none here: leave it null, which is "
+            "the same model in more memory."
+        )
     dtype, name, shown = _read_dtype(source.dtype), _locate(source.path), f"policy.path={source.path!r}"
     try:
         index = DiffusionPipeline.load_config(name, revision=source.revision)
@@ -85,19 +90,10 @@ def load_pipeline(
 
 @contextmanager
 def _quantizing(bits: str | None, dtype: torch.dtype, denoiser: str) -> Iterator[dict[str, Any]]:
-    """What to tell diffusers, which quantises as it loads, on this process's GPU.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """What to tell diffusers, which quantises as it loads, on this process's GPU."""
     if bits is None:
         yield {}
         return
-    if not torch.cuda.is_available():
-        raise ValueError(
-            f"policy.economy.quantize={bits} needs a GPU, and there is none here: leave it null, which is the same "
-            "model in more memory."
-        )
     settings = {
         "8bit": BitsAndBytesConfig(load_in_8bit=True),
         "4bit": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
