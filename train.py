@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vp_rl.callbacks.checkpoint_files import differences, newest, order, read
+from vp_rl.planning.devices import check_devices
 from vp_rl.planning.geometry import automatic, is_wanted
 
 log = logging.getLogger("vp_rl")
@@ -60,11 +61,13 @@ def run(config: DictConfig) -> float | None:
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    check_devices(settings, lambda: instantiate(config.trainer, logger=False, enable_checkpointing=False))
     planned = _planned(config)
     if config.dry_run:
         return None
     data = instantiate(config.data)
-    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    settings = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     checkpoint = _checkpoint(config.resume or ("auto" if _is_job() else None), folder, settings)
     algorithm = planned or instantiate(config.algorithm)
     trainer: lightning.Trainer = instantiate(

@@ -5,14 +5,16 @@ Stop it whenever you like and start it again.
 python scripts/evaluate.py accuracy reward=vp_score data=visionprefer
 python scripts/evaluate.py accuracy reward=[vp_score,image_reward] data=[image_reward_db,hpd_v2,pick_a_pic]
 python scripts/evaluate.py images adapter=outputs/ddpo_vpscore/DATE
+python scripts/evaluate.py objects adapter=outputs/ddpo_vpscore/DATE
+python scripts/evaluate.py blind outputs/ddpo_vpscore/DATE/evaluation/blind answers-*.json
 python scripts/evaluate.py accuracy --help
 python scripts/evaluate.py images --help
+python scripts/evaluate.py objects --help
 """
 
 import gc
 import logging
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -22,10 +24,9 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import:
 
 import hydra
 import torch
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from run_settings import names_in, plain_errors  # it lies beside this file
 
 from vp_rl.data.sets.base import HumanSet, Judged
 from vp_rl.evaluation.accuracy_report import console, write
@@ -34,7 +35,7 @@ from vp_rl.evaluation.scoring import Scorer, fingerprint, score_set
 
 log = logging.getLogger("vp_rl")
 
-COMMANDS = ("accuracy", "images")
+COMMANDS = ("accuracy", "images", "objects", "blind")
 _LISTS = {"reward": ("reward", "rewards", "vp_score"), "data": ("human", "data", "visionprefer")}
 _COMMAND = shlex.join(["python", "scripts/evaluate.py", *sys.argv[1:]])
 
@@ -42,15 +43,8 @@ _COMMAND = shlex.join(["python", "scripts/evaluate.py", *sys.argv[1:]])
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def accuracy(config: DictConfig) -> None:
     """Rewards on sets of human judgements."""
-    try:
+    with plain_errors("all scores are"):
         results = evaluate(config)
-    except InstantiationException as error:
-        stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError | ImportError) else error)
-    except (ValueError, OSError, OmegaConfBaseException) as error:
-        stop(error)
-    except KeyboardInterrupt:
-        sys.exit("stopped; all scores are kept, start the same command again to go on")
-    else:
         print(console(results))
         log.info("report: %s", write(results, Path(config.folder), _COMMAND))
 
@@ -97,15 +91,12 @@ def expand(arguments: Sequence[str]) -> list[str]:
     found: list[str] = []
     missing = dict(_LISTS)
     for argument in arguments:
-        key, is_choice, value = argument.partition("=")
+        key, is_choice, _ = argument.partition("=")
         if key not in _LISTS or not is_choice:
             found.append(argument)
             continue
-        names = [name.strip() for name in re.sub(r"^\[|\]$", "", value.strip()).split(",")]
-        if "" in names or len(set(names)) < len(names):
-            raise ValueError(f"{argument!r}: give one name, or different ones as {key}=[a,b].")
         group, place, _ = _LISTS[key]
-        found += [f"+{group}@{place}.{name}={name}" for name in names]
+        found += [f"+{group}@{place}.{name}={name}" for name in names_in(argument)]
         missing.pop(key, None)
     chosen = {argument.lstrip("+").partition("=")[0].partition(".")[0] for argument in found}
     for group, place, default in missing.values():
@@ -114,29 +105,33 @@ def expand(arguments: Sequence[str]) -> list[str]:
     return found
 
 
-def stop(error: BaseException) -> None:
-    """One message for what the user can put right; HYDRA_FULL_ERROR=1 shows where it came from."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        raise error
-    sys.exit(f"error: {error}")
-
-
 def main() -> None:
-    """Finds out what is to be evaluated, and leaves the rest to Hydra."""
+    """Finds out what is to be evaluated, and leaves the rest to Hydra; what people say to argparse."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command not in COMMANDS:
         sys.exit(
             f"error: {command!r} is nothing that can be evaluated: choose from {', '.join(COMMANDS)}, as in "
             "`python scripts/evaluate.py accuracy reward=vp_score data=visionprefer`."
         )
-    from evaluate_images import expand as expand_images  # it lies beside this file
-    from evaluate_images import images
+    if command == "blind":
+        from evaluate_blind import main as blind  # it lies beside this file
 
-    try:
-        sys.argv[1:] = (expand if command == "accuracy" else expand_images)(sys.argv[2:])
-    except ValueError as error:
-        stop(error)
-    (accuracy if command == "accuracy" else images)()
+        blind(sys.argv[2:])
+        return
+    from evaluate_images import expand as expand_images
+    from evaluate_images import images
+    from evaluate_objects import expand as expand_objects
+    from evaluate_objects import objects
+
+    kinds = {
+        "accuracy": (accuracy, expand),
+        "images": (images, expand_images),
+        "objects": (objects, expand_objects),
+    }
+    run, expanded = kinds[command]
+    with plain_errors("nothing is"):
+        sys.argv[1:] = expanded(sys.argv[2:])
+    run()
 
 
 if __name__ == "__main__":

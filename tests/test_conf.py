@@ -19,6 +19,7 @@ DEFAULT = "ddpo_vpscore"
 OPTIONS = sorted(
     f"{file.parent.name}={file.stem}" for file in CONF.glob("*/*.yaml") if file.parent.name != "experiment"
 )
+_ROOTS = {"human": "evaluate", "detector": "evaluate_objects"}  # of groups that are in no training
 _HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
@@ -92,9 +93,10 @@ def test_every_option_of_every_group_composes_and_its_keys_are_parameters(option
         "optimizer": "optimizer@algorithm.optimizer",
     }
     place = places.get(group, group)
-    root = "build" if group in builders else "evaluate" if group == "human" else "train"
+    root = "build" if group in builders else _ROOTS.get(group, "train")
     # Without an experiment: it has settings of its own algorithm, which do not bind to another's.
-    config = composed(f"{'+' if group == 'human' else ''}{place}={name}", root=root)
+    needed = ["adapter=x"] if root == "evaluate_objects" else []
+    config = composed(f"{'+' if group == 'human' else ''}{place}={name}", *needed, root=root)
     assert HydraConfig.get().runtime.choices[place] == name
     for path, node in nodes(config):
         check(path, node)

@@ -38,9 +38,11 @@ ROOTS = {
     "scripts/export_adapter.py": "export",
     "scripts/evaluate.py accuracy": "evaluate",
     "scripts/evaluate.py images": "evaluate_images",
+    "scripts/evaluate.py objects": "evaluate_objects",
 }
 NOT_COMPOSED = {  # of commands, by how they begin: why
     "python scripts/label.py": "argparse, not Hydra: test_label.py runs it",
+    "python scripts/evaluate.py blind": "argparse, not Hydra: test_blind.py runs it",
     "python scripts/bench_": "argparse, not Hydra: measurements, which `make bench` runs",
     "python scripts/memory.py": "composes what it is given by itself",
     "python scripts/wandb_dashboard.py": "argparse, not Hydra: test_dashboard.py builds what it saves",
@@ -143,7 +145,7 @@ def _first(override: Any) -> str:
 def _evaluate(command: str) -> Any:
     sys.path.insert(0, str(ROOT / "scripts"))
     try:
-        return importlib.import_module("evaluate" if command == "accuracy" else "evaluate_images")
+        return importlib.import_module("evaluate" if command == "accuracy" else f"evaluate_{command}")
     finally:
         sys.path.remove(str(ROOT / "scripts"))
 

@@ -27,7 +27,7 @@ class FirstIsBetter(Annotator):
 def test_a_judge_that_goes_by_the_place_finds_no_winner() -> None:
     it = evaluator(seeds=(0, 1))
     base, tuned = (it.evaluate(shifted(by), Brightness()) for by in (0.0, 2.0))
-    for duel in duels(FirstIsBetter(), base, tuned).values():
+    for duel in duels(FirstIsBetter(), base, tuned)[0].values():
         assert (duel.win, duel.tie, duel.loss, duel.consistent) == (0, 1, 0, 0)
         assert (duel.low, duel.high) == (0, 0)
 
@@ -35,7 +35,8 @@ def test_a_judge_that_goes_by_the_place_finds_no_winner() -> None:
 def test_an_honest_judge_finds_the_better_one_whichever_way_round() -> None:
     it = evaluator(seeds=(0, 1))
     base, tuned = (it.evaluate(shifted(by), Brightness()) for by in (0.0, 2.0))
-    forth, back = duels(BrightnessJudge(), base, tuned), duels(BrightnessJudge(), tuned, base)
+    (forth, asked), (back, _) = (duels(BrightnessJudge(), *both) for both in ((base, tuned), (tuned, base)))
+    assert (asked.questions, asked.kept) == (8 * len(base.prompts), 0)
     assert forth.keys() == {*ASPECTS, OVERALL}
     share = (tuned.ratings[:, 0] > base.ratings[:, 0]).mean()
     for name, duel in forth.items():

@@ -9,8 +9,10 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
+from PIL import Image
 
-from scripts.evaluate_images import complete, evaluate, expand
+from scripts.evaluate_images import _encoder, complete, evaluate, expand
+from vp_rl.evaluation.conclusion import ALONE, PAIRS
 from vp_rl.evaluation.duel import OVERALL
 from vp_rl.policies.sd import StableDiffusion
 from vp_rl.sampler import Sampler
@@ -52,7 +54,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_is_evaluated_as_it_was_set_and_nothing_is_made_twice(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    (reference := tmp_path / "reference").mkdir()
     given = (f"adapter={run}", f"cache={tmp_path}/c.sqlite", f"folder={tmp_path}/out", "pairs=true", *SMALL)
+    given = (*given, "distances=tiny_clip", f"reference={reference}")
+    for number in range(3):
+        Image.new("RGB", (9, 7), (80 * number, 0, 0)).save(reference / f"{number}.png")
     panel = "panel=[compressibility]"
     first = evaluate(config(*given, panel))
     assert (first["prompts"], first["images"]) == (5, 10)
@@ -64,8 +70,13 @@ def test_a_run_is_evaluated_as_it_was_set_and_nothing_is_made_twice(
     assert "report.html" in {path.name for path in (tmp_path / "out").iterdir()}
     monkeypatch.setattr(Sampler, "sample", lambda *_: pytest.fail("an image is made again"))
     again = evaluate(config(*given, panel))
-    for part in ("held_out", "pairs", "categories"):
+    for part in ("held_out", "pairs", "categories", "distances"):
         assert again[part] == first[part], part
+    assert first["judge"][ALONE]["questions"] == 4 * 2 * 5
+    assert (again["judge"][ALONE]["questions"], again["judge"][PAIRS]["questions"]) == (0, 0)
+    assert again["judge"][PAIRS]["kept"] == 8 * 10
+    assert first["distances"]["encoder"] == "tiny_clip (tiny-clip)"
+    assert first["distances"]["cmmd"]["reference and base"] > first["distances"]["cmmd"]["base and adapter"] > 0
 
 
 def test_the_runs_settings_hold_unless_others_are_given(run: Path) -> None:
@@ -100,6 +111,19 @@ def test_a_panel_without_names_or_with_one_twice_is_refused(given: str) -> None:
         expand([given])
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("reference=x",), "distances=clip_score"),
+        (("reference=/nowhere", "distances=tiny_clip"), "no folder"),
+        (("distances=compressibility",), "no features of images alone"),
+    ],
+)
+def test_distances_that_cannot_be_taken_are_refused_before_anything_is_made(given: tuple[str, ...], said: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        _encoder(config("adapter=x", *given), "cpu")
+
+
 def test_what_is_given_finds_its_place() -> None:
     found = expand(
         ["adapter=x", "panel=[a,b]", "reward.checkpoint=y", "prompts=file", "prompts.path=z", "sampler.steps=3"]
@@ -116,8 +140,8 @@ def test_what_is_given_finds_its_place() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_says_what_is_wrong_in_one_line() -> None:
-    command = [sys.executable, "scripts/evaluate.py", "images", "adapter=/nowhere"]
+def test_the_command_says_what_is_wrong_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "scripts/evaluate.py", "images", f"adapter={tmp_path / 'nowhere'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("error: adapter='/nowhere' is no folder of a run")
+    assert done.stderr.splitlines()[-1].startswith(f"error: adapter='{tmp_path / 'nowhere'}' is no folder of a run")

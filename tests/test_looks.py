@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+import torch
 from test_evaluation import Bright, Brightness, evaluator, shifted
 
 from vp_rl.evaluation.compare import compare
-from vp_rl.evaluation.looks import appearance, coarse, diversity, spread
+from vp_rl.evaluation.looks import appearance, coarse, diversity, repetition, spread
 
 
 def plain(*colours: tuple[int, int, int], side: int = 32) -> np.ndarray:
@@ -46,6 +47,40 @@ def test_turning_an_edge_changes_the_features_though_the_colours_stay() -> None:
     features = coarse(np.concatenate([across, across.swapaxes(1, 2)]))
     assert np.abs(features[0, :192] - features[1, :192]).max() < 1e-6
     assert np.linalg.norm(features[0] - features[1]) > 0.5
+
+
+def repeated(*images: np.ndarray) -> list[float]:
+    return repetition(torch.from_numpy(np.stack(images)).float()).tolist()
+
+
+@pytest.mark.parametrize(("side", "period"), [(64, 8), (65, 10), (32, 5)])
+def test_tiles_repeat_fully_whether_or_not_they_fit_the_image(side: int, period: int) -> None:
+    tile = np.random.default_rng(0).random((period, period))
+    tiled = np.tile(tile, (side // period + 1,) * 2)[:side, :side]
+    checks = np.indices((side, side)).sum(0) % 2.0
+    assert repeated(tiled, checks, 1 - tiled, 0.1 + tiled / 2, tiled.T) == pytest.approx([1] * 5, abs=1e-5)
+
+
+@pytest.mark.parametrize("side", [16, 32, 64])
+def test_noise_hardly_repeats(side: int) -> None:
+    # The correlation of n pairs of noise has a standard deviation of 1 / sqrt(n). At least a quarter of the N pixels
+    # overlap, so that of fewer than 3 N shifts one is above 4 * 2 / sqrt(N) in less than a tenth of the images.
+    assert max(repeated(*np.random.default_rng(1).random((8, side, side)))) < 8 / side
+
+
+def test_what_is_like_itself_all_along_does_not_repeat() -> None:
+    rows = np.arange(64.0)[:, None].repeat(64, 1) / 63
+    disc = (np.square(np.indices((64, 64)) - 12).sum(0) < 50).astype(float)
+    twice = disc + np.roll(disc, 20, 1)
+    plain, gradient, edge, one, two = repeated(np.full((64, 64), 0.3), rows, (rows > 0.5) * 1.0, disc, twice)
+    assert max(plain, gradient, edge, one) < 1e-6
+    assert two > 0.5
+
+
+def test_large_images_are_reduced_before_they_are_shifted() -> None:
+    tile = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    large = np.kron(np.tile(tile, (8, 8)), np.ones((4, 4), np.uint8))[None, :, :, None].repeat(3, 3)
+    assert appearance(large)["repetition"][0] == pytest.approx(1, abs=1e-5)
 
 
 def test_diversity_is_within_a_prompt_and_spread_between_prompts() -> None:

@@ -15,11 +15,13 @@ import lightning
 import pytest
 import test_checkpoint
 import torch
+from diffusers import StableDiffusionPipeline
 from fakes import LinearPolicy, QuadraticReward, Words, write_dataset
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from safetensors.torch import load_file
 from test_checkpoint import Counting, kills, latest, names
 from test_data_preferences import png, row
-from test_ddpo_pytorch import Brightness, tiny_sd
+from test_ddpo_pytorch import tiny_sd
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -27,10 +29,12 @@ from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.algorithms.ddpo import DDPO
 from vp_rl.algorithms.refl import ReFL
 from vp_rl.algorithms.rounds import Rollout
+from vp_rl.callbacks.adapter import RunAdapter
 from vp_rl.callbacks.checkpoint_files import read
 from vp_rl.callbacks.guards import Guards
 from vp_rl.data.prompts import EpochPrompts, PromptDataModule, Stream
 from vp_rl.sampler import Sampler
+from vp_rl.scenes import tiny
 from vp_rl.types import ASPECTS, Images, Scores
 
 NOISY = Sampler(steps=4, guidance=1.0, eta=1.0)
@@ -256,14 +260,14 @@ def test_a_run_goes_on_with_another_number_of_devices(
 # --- sharded weights
 
 
-def sharded(rank: int, folder: Path, strategy: str) -> None:
-    """Two updates of DDPO on a policy that is used without its adapter first, as evaluations of the base do."""
+def sharded(rank: int, folder: Path, strategy: str, epochs: int = 1, resume: Path | None = None) -> None:
+    """Two updates of DDPO an epoch on a policy that is used without its adapter first, as to evaluate the base."""
     policy = tiny_sd()
     algorithm = DDPO(
         policy,
-        Brightness(),
+        Counting(),
         Sampler(steps=3, guidance=1.0, eta=1.0),
-        partial(torch.optim.SGD, lr=100.0),
+        partial(torch.optim.SGD, lr=100.0, momentum=0.5),  # Lightning cannot resume an optimizer without a state
         images_per_prompt=2,
         train_batch=12,
         kl_weight=0.1,
@@ -275,19 +279,52 @@ def sharded(rank: int, folder: Path, strategy: str) -> None:
                 algorithm.sampler.sample(policy, policy.encode(["a"]), torch.Generator())
 
     chosen = ModelParallelStrategy(save_distributed_checkpoint=False) if strategy == "fsdp" else strategy
-    short = {"max_epochs": 1, "limit_train_batches": 2, "gradient_clip_val": 1e-3}
-    test_checkpoint.fit(algorithm, folder / strategy, Reference(), Guards(), strategy=chosen, devices=2, **short)
+    short = {"max_epochs": epochs, "limit_train_batches": 2, "gradient_clip_val": 1e-3, "default_root_dir": folder}
+    watching = (Reference(), Guards(), RunAdapter(0.9))
+    test_checkpoint.fit(algorithm, folder, *watching, resume=resume, strategy=chosen, devices=2, **short)
     denoiser = [type(parameter) for parameter in policy.unet.parameters()]
     assert (DTensor in denoiser) == (strategy == "fsdp")
+
+
+def left(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
 
 
 @pytest.mark.slow
 def test_fsdp_trains_and_saves_the_adapter_of_ddp(tmp_path: Path) -> None:
     start = {name: tensor for name, tensor in tiny_sd().state_dict(prefix="policy.").items() if "lora" in name}
     for strategy in ("ddp", "fsdp"):
-        assert two_processes(sharded, tmp_path, strategy) == [0, 0]
+        assert two_processes(sharded, tmp_path / strategy, strategy) == [0, 0]
     ddp, fsdp = (read(tmp_path / strategy / "epoch=0001.ckpt")["state_dict"] for strategy in ("ddp", "fsdp"))
     assert fsdp.keys() == ddp.keys()
+    assert fsdp.pop("reward._extra_state") == ddp.pop("reward._extra_state")
     assert max((tensor - start[name]).abs().max().item() for name, tensor in ddp.items()) > 1e-3
     for name, tensor in ddp.items():
         torch.testing.assert_close(fsdp[name], tensor, rtol=0, atol=1e-5)
+    average = left(tmp_path / "ddp")
+    assert max((tensor - average[_written(name)]).abs().max().item() for name, tensor in ddp.items()) > 1e-4
+    torch.testing.assert_close(left(tmp_path / "fsdp"), average, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_fsdp_resumes_and_diffusers_reads_what_it_leaves(tmp_path: Path) -> None:
+    assert two_processes(sharded, tmp_path / "whole", "fsdp", 2) == [0, 0]
+    half = tmp_path / "whole" / "epoch=0001.ckpt"
+    assert two_processes(sharded, tmp_path / "rest", "fsdp", 2, half) == [0, 0]
+    whole, rest = left(tmp_path / "whole"), left(tmp_path / "rest")
+    assert whole.keys() == rest.keys()
+    assert all(torch.equal(tensor, rest[name]) for name, tensor in whole.items())
+    ours, theirs = tiny_sd(), StableDiffusionPipeline.from_pretrained(tiny.resolve("tiny-sd"))
+    ours.load_adapter(tmp_path / "whole" / "adapter")
+    theirs.load_lora_weights(tmp_path / "whole" / "adapter")
+    given = torch.randn(2, 4, 8, 8), torch.tensor([500.0, 20.0]), ours.encode(["a", "b"])["text"]
+    found, same = (each.unet(*given).sample for each in (ours, theirs))
+    torch.testing.assert_close(same, found, rtol=0, atol=1e-5)
+    with ours.reference():
+        assert (ours.unet(*given).sample - found).abs().max() > 1e-3
+
+
+def _written(name: str) -> str:
+    """A parameter's name in the adapter's file."""
+    return name.removeprefix("policy.").replace(".default", "")

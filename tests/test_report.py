@@ -14,12 +14,16 @@ import pytest
 from test_evaluation import SAMPLER, Bright, Brightness, Given, evaluator, made_up, shifted
 
 from vp_rl.evaluation import report as report_module
+from vp_rl.evaluation.asking import Asked
 from vp_rl.evaluation.compare import Change, compare
+from vp_rl.evaluation.distances import Distances
+from vp_rl.evaluation.duel import Duel
 from vp_rl.evaluation.images import Evaluation
 from vp_rl.evaluation.report import write_report
 from vp_rl.evaluation.settings import override, public
 from vp_rl.evaluation.signs import Sign
 from vp_rl.evaluation.verdict import number, verdicts
+from vp_rl.types import Usage
 
 CONFIG = """
 folders: [/mnt/someone/a b/c, ~/someone/d, 'C:\\Users\\someone\\e']
@@ -64,7 +68,9 @@ def run_folder(path: Path) -> Path:
 
 
 def write(folder: Path, base: Evaluation, tuned: Evaluation, **settings: object) -> str:
-    report = write_report(folder, base, tuned, compare(base, tuned), sampler=SAMPLER, seconds=90.0, **settings)
+    report = write_report(
+        folder, base, tuned, compare(base, tuned), sampler=SAMPLER, seconds={"training": 90.0}, **settings
+    )
     return report.read_text(encoding="utf-8")
 
 
@@ -120,7 +126,9 @@ def test_images_of_full_size_stay_below_ten_megabytes(tmp_path: Path) -> None:
     tuned.ratings[1::2] -= 1
     noise = np.random.default_rng(0).integers(0, 256, (1, 768, 768, 3), dtype=np.uint8).repeat(40, 0)
     large = (dataclasses.replace(side, images=noise) for side in (base, tuned))
-    report = write_report(run_folder(tmp_path), *large, compare(base, tuned), sampler=SAMPLER, seconds=90.0)
+    report = write_report(
+        run_folder(tmp_path), *large, compare(base, tuned), sampler=SAMPLER, seconds={"training": 90.0}
+    )
     assert 2e6 < report.stat().st_size < 10e6, "noise, which no format makes small"
 
 
@@ -202,6 +210,43 @@ def test_everything_that_is_known_of_a_run_is_in_its_report(tmp_path: Path) -> N
     for shown in ("PickScore", "epoch 7", "Images look alike.", "counting", "seed 0",
                   "training 60.0 minutes", "base images 31.7 minutes", "1.5 hours", "torch"):  # fmt: skip
         assert shown in words, shown
+
+
+def test_categories_stand_from_the_largest_gain_to_the_largest_loss(tmp_path: Path) -> None:
+    base, tuned = made_up(np.zeros((20, 1)))
+    tuned.ratings[:10] += 1
+    tuned.ratings[15:] -= 1
+    parts = {"lost": range(15, 20), "same": range(10, 15), "won": range(10)}
+    found = {name: compare(base.rows(rows), tuned.rows(rows)) for name, rows in parts.items()}
+    text = write(run_folder(tmp_path), base, tuned, categories=found)
+    drawn, tables = text.split('<div class="charts">')[1].split("The same in tables")
+    for metric in re.split("<h3>", drawn)[1:]:
+        order = re.findall(r'<span class="what">(.*?)</span>', metric)
+        assert order[0] == "all prompts"
+        if metric.startswith("Mean"):
+            assert order[1:] == ["won", "same", "lost"]
+            fills = re.findall(r'<i class="fill" style="left:([\d.]+)%;width:([\d.]+)%"', metric)
+            # One point up or down is as far as it goes; of all prompts (10 - 5) / 20 of it.
+            assert [(float(left), float(width)) for left, width in fills] == [(50, 12), (50, 48), (50, 0), (2, 48)]
+    assert all(f'<th scope="row">{name}</th>' in tables for name in parts), "for whoever wants numbers"
+
+
+def test_what_the_judge_took_and_said_of_pairs_and_the_distances_are_shown(tmp_path: Path) -> None:
+    base, tuned = made_up(np.ones((3, 1)))
+    duel = Duel(win=0.5, tie=0.3, loss=0.2, low=0.1, high=0.5, consistent=0.75)
+    apart = Distances("a <b>", 768, 3, 9, {"reference and base": 12.345}, {"reference and base": 0.5}, "Too few.")
+    asked = {"one way": Asked(1200, 34, Usage(5000, 600, 1.25)), "another": Asked(0, 7)}
+    text = write(run_folder(tmp_path), base, tuned, pairs={"overall": duel}, distances=apart, asked=asked)
+    words = re.sub(r"\s+", " ", " ".join(Page(text).words))
+    for shown in ("prefers the trained model's in 50% of the pairs, the base model's in 20%.",
+                  "Overall +30 [+10, +50] 75%", "768 features of a <b>", "9 of the reference",
+                  "reference and base 12.3 0.5", "none of those", "Too few.",
+                  "1,200 questions · 34 more answered in earlier evaluations · 5,000 tokens in", "600 out · $1.25",
+                  "Judge, another 7 answered in earlier evaluations"):  # fmt: skip
+        assert shown in words, shown
+    plain = " ".join(Page(write(run_folder(tmp_path / "other"), base, tuned)).words)
+    assert "Judge, " not in plain
+    assert "FID" not in plain
 
 
 def test_settings_are_shown_without_secrets_hosts_and_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

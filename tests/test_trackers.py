@@ -165,7 +165,7 @@ def test_adapter_and_report_are_artifacts(job: Path, sent: list[proto.Record]) -
 
 
 def test_nothing_tells_whose_machine_it_was(job: Path) -> None:
-    """In what W&B would send: its own logs stay on the machine, and so do the places of files that wait to be sent."""
+    """In what W&B would send; its logs stay on the machine. Its client puts the places of files into a manifest."""
     secrets = [KEY, "judge.example.org", "secret place", "someones-machine", "someones-home", str(Path.cwd())]
     secrets += [name for name in (socket.gethostname(), getpass.getuser(), os.uname().nodename) if len(name) > 5]
     (offline,) = (job / "wandb").glob("offline-run-*")

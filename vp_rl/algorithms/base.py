@@ -4,12 +4,14 @@ import time
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning
 import torch
 from jaxtyping import Bool, Float
+from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -17,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from vp_rl.algorithms.clipping import clip_gradients
 from vp_rl.functional import gaussian_kl
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
@@ -68,10 +71,28 @@ class PolicyTraining(lightning.LightningModule, ABC):
         self.images = 0  # of the running epoch
         self.on_nonfinite: Literal["raise", "skip"] = "raise"
         """What becomes of scores that are not finite: an error, or what they are of is left out."""
+        self.averaged: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Inside it the policy has the adapter that counts as the run's: its own, or the average of a callback."""
         self.scores: Float[Tensor, "prompts images"] | None = None
         """What the reward last gave, of this rank's images: of DDPO's round, of ReFL's batch."""
         self.strict_loading = False  # checkpoints hold the adapter alone; `on_load_checkpoint` is the strict one
         self._make_optimizer, self._decay = optimizer, decay
+
+    def setup(self, stage: str) -> None:
+        """Looks whether batches reach training as they were made: log-probabilities rounded to 8 bits are others.
+
+        Raises:
+            ValueError: the precision rounds them, and with them the adapter.
+        """
+        given = torch.zeros(1)
+        if self.trainer.precision_plugin.convert_input(given).dtype.itemsize < given.dtype.itemsize:
+            deepspeed = isinstance(self.trainer.precision_plugin, DeepSpeedPrecision)
+            mixed = "" if deepspeed else " Or trainer.precision=bf16-mixed, which rounds neither."
+            shown = f"trainer.precision={self.trainer.precision}{' with DeepSpeed' if deepspeed else ''}"
+            raise ValueError(
+                f"{shown} rounds the adapter and what was sampled to half precision, and what is learned from differs "
+                f"by less: set trainer.precision=32-true policy.dtype=bfloat16, which rounds frozen weights.{mixed}"
+            )
 
     def configure_model(self) -> None:
         """Divides the denoiser's weights among devices where the strategy is FSDP2's, block by block."""
@@ -86,6 +107,12 @@ class PolicyTraining(lightning.LightningModule, ABC):
         """One optimizer over the adapter."""
         optimizer = self._make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
         return decaying(optimizer, self.trainer) if self._decay else optimizer
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """See `clip_gradients`."""
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's clock."""
@@ -186,13 +213,21 @@ class PolicyTraining(lightning.LightningModule, ABC):
         Raises:
             ValueError: the checkpoint's tensors are not the ones this run trains, or its reward's state is another's.
         """
-        wrong = checkpoint["state_dict"].keys() ^ self._kept()
+        wrong = (checkpoint.get("state_dict") or self._loaded()).keys() ^ self._kept()
         if wrong:
             what = "reward" if all(name.startswith("reward.") for name in wrong) else "policy or adapter"
             raise ValueError(
                 f"This checkpoint is of another {what}: {len(wrong)} tensors differ, {min(wrong)!r} first. "
                 "Resume with the settings of the run that wrote it."
             )
+
+    def _loaded(self) -> dict[str, Any]:
+        """The state of a checkpoint whose parameters FSDP2's strategy has taken and loaded; loads the rest of it."""
+        assert self.trainer.ckpt_path is not None
+        state = torch.load(self.trainer.ckpt_path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
+        rest = {name: value for name, value in state.items() if name.endswith("_extra_state")}
+        self.load_state_dict(rest, strict=False)
+        return state
 
     def _kept(self) -> set[str]:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}

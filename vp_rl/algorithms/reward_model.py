@@ -8,6 +8,7 @@ What differs from ImageReward's published recipe:
 3. The weights of the best validation accuracy are kept, and the score is standardised on the validation images.
 """
 
+import itertools
 import logging
 import math
 import zlib
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vp_rl.algorithms.base import decaying
+from vp_rl.algorithms.clipping import clip_gradients
+from vp_rl.algorithms.shares import of_all_devices, unrepeated
 from vp_rl.functional import label_belief, preference_weights, ranking_loss
 from vp_rl.interfaces import TrainableReward
 from vp_rl.types import ASPECTS, PreferenceBatch
@@ -83,6 +86,12 @@ class RewardModel(lightning.LightningModule):
         """One optimizer over what is not frozen."""
         optimizer = self._make_optimizer([p for p in self.reward.parameters() if p.requires_grad])
         return decaying(optimizer, self.trainer)
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        """See `clip_gradients`."""
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
         """Dropout on: a loaded reward comes in evaluation mode."""
@@ -191,14 +200,19 @@ class RewardModel(lightning.LightningModule):
                 "The score is standardised on the validation images, but this run has none: "
                 "give the data a validation split and leave trainer.limit_val_batches above 0."
             )
+        own: list[tuple[Tensor, Tensor]] = []
+        for number, every in enumerate(loader):
+            batch = unrepeated(every, number, loader)
+            if batch.prompts:
+                outputs = self.reward.outputs(batch.images.to(self.device), batch.prompts)
+                own.append((outputs.cpu(), decided(batch)["mean"].nonzero()))
+        # Each device has its own share of the images; all must standardise alike.
         outputs, better, worse, first = [], [], [], 0
-        for batch in loader:
-            outputs.append(self.reward.outputs(batch.images.to(self.device), batch.prompts))
-            pairs = decided(batch)["mean"].nonzero() + first
-            better, worse, first = better + pairs[:, 0].tolist(), worse + pairs[:, 1].tolist(), first + len(outputs[-1])
-        # Each process has its own share of the images; all must standardise alike. A GPU's tensor would stay on it.
-        rows, better, worse = self.trainer.strategy.broadcast((torch.cat(outputs).cpu(), better, worse))
-        return rows.to(self.device), better, worse
+        for rows, pairs in itertools.chain(*of_all_devices(own)):
+            better, worse = better + (pairs[:, 0] + first).tolist(), worse + (pairs[:, 1] + first).tolist()
+            outputs.append(rows)
+            first += len(rows)
+        return torch.cat(outputs).to(self.device), better, worse
 
 
 def decided(batch: PreferenceBatch) -> dict[str, Bool[Tensor, "better worse"]]:

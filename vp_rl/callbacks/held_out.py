@@ -5,8 +5,6 @@ import logging
 import re
 import sys
 import time
-from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,12 @@ from tqdm import tqdm
 from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.callbacks.best import BestAdapter
 from vp_rl.callbacks.trackers import send_images
-from vp_rl.evaluation.categories import by_category
-from vp_rl.evaluation.compare import as_dict, as_markdown, compare
+from vp_rl.evaluation.asking import Asked
+from vp_rl.evaluation.conclusion import ALONE, conclude, publish
 from vp_rl.evaluation.grid import grid
 from vp_rl.evaluation.images import Evaluation, Evaluator, Pixels, interleave
-from vp_rl.evaluation.report import write_report
-from vp_rl.evaluation.signs import Moment, Sign, moment, signs, summary
+from vp_rl.evaluation.signs import Moment, Sign, moment, signs
+from vp_rl.types import Usage
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +85,7 @@ class HeldOutEvaluation(lightning.Callback):
         self._history: list[Moment] = []
         self._said: set[str] = set()
         self._seconds = 0.0  # of training, before a resumed run was interrupted
+        self._asked = Asked()  # of the judge, in this run so far
         self._parts: dict[str, float] = {}  # seconds of the evaluations of this process
         self._started = time.monotonic()
 
@@ -99,7 +98,7 @@ class HeldOutEvaluation(lightning.Callback):
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
                 "callbacks.held_out needs the whole policy on each device, and FSDP divides it among them: add "
-                "callbacks.held_out=null (checkpoints have the whole adapter), or use trainer=ddp or deepspeed."
+                "callbacks.held_out=null (adapter/ then has the last adapter), or use trainer=ddp or deepspeed."
             )
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -139,7 +138,8 @@ class HeldOutEvaluation(lightning.Callback):
         if done % self._every and not last:
             return
         assert isinstance(module, PolicyTraining)
-        now, value = self._evaluate(trainer, module, self._watched, f"epoch {done}"), 0.0
+        with module.averaged():
+            now, value = self._evaluate(trainer, module, self._watched, f"epoch {done}"), 0.0
         if now is not None:
             means = now.means()
             value = 0.0 if self._best is None else means[self._best.metric]
@@ -153,7 +153,9 @@ class HeldOutEvaluation(lightning.Callback):
         if self._best is None:
             trainer.strategy.barrier()
             return
-        if self._best.see(trainer.strategy.broadcast(value), done, module.policy) and trainer.is_global_zero:
+        with module.averaged():
+            better = self._best.see(trainer.strategy.broadcast(value), done, module.policy)
+        if better and trainer.is_global_zero:
             self._best.save(Path(trainer.default_root_dir) / "best", module.policy)
         if self._best.exhausted and not last:
             log.info("stopping after epoch %d: the best by %s is epoch %d", done, self._best.metric, self._best.epoch)
@@ -163,7 +165,7 @@ class HeldOutEvaluation(lightning.Callback):
         """The full comparison, and everything a user takes away from the run."""
         assert isinstance(module, PolicyTraining)
         seconds, folder = self._elapsed(), Path(trainer.default_root_dir)
-        with nullcontext() if self._best is None else self._best.on(module.policy):
+        with module.averaged() if self._best is None else self._best.on(module.policy):
             if trainer.is_global_zero:
                 (folder / "adapter").mkdir(parents=True, exist_ok=True)
                 module.policy.save_adapter(folder / "adapter")  # first: it survives whatever goes wrong below
@@ -173,50 +175,33 @@ class HeldOutEvaluation(lightning.Callback):
 
     def _conclude(self, trainer: lightning.Trainer, module: PolicyTraining, tuned: Evaluation, seconds: float) -> None:
         assert self._base is not None, "evaluated when training started"
-        folder, changes = Path(trainer.default_root_dir), compare(self._base, tuned)
-        categories = by_category(self._base, tuned, self._evaluator.categories)
-        found = signs(self._history, changes, _name(module))
-        final = {name: change.difference for name, change in changes.items()}
+        folder = Path(trainer.default_root_dir)
+        done = conclude(self._evaluator, self._base, tuned, self._history, _name(module), asked={ALONE: self._asked})
+        final = {name: change.difference for name, change in done.changes.items()}
         _log(trainer, "final", final)
         # For whoever started the run, as a sweep does: logging through the module is over by now.
         trainer.callback_metrics.update({f"final/{name}": torch.tensor(value) for name, value in final.items()})
-        written = {
-            "held_out": as_dict(changes),
-            "categories": {name: as_dict(each) for name, each in categories.items()},
-            "signs": [asdict(sign) for sign in found],
-            "history": summary(self._history),
-            "prompts": len(self._evaluator.prompts),
-            "images": len(tuned.prompts),
-            "epochs": trainer.current_epoch,
-            "training_seconds": round(seconds, 1),
-        }
+        more: dict[str, Any] = {"epochs": trainer.current_epoch, "training_seconds": round(seconds, 1)}
         if self._best is not None:
-            written["best"] = {"metric": self._best.metric, "epoch": self._best.epoch, "value": self._best.value}
+            more["best"] = {"metric": self._best.metric, "epoch": self._best.epoch, "value": self._best.value}
             log.info("the adapter is that of epoch %d, the best by %s", self._best.epoch, self._best.metric)
-        (folder / "summary.json").write_text(json.dumps(written, indent=2) + "\n")
-        print(f"\nHeld-out prompts, base against trained, same seeds\n{as_markdown(changes)}")
-        print("".join(f"\n{sign.severity}: {sign.words}" for sign in found))
-        report = write_report(
-            folder,
-            self._base,
-            tuned,
-            changes,
-            sampler=self._evaluator.sampler,
-            seconds={"training": seconds, **self._parts},
-            note=self._note,
-            signs=found,
-            categories=categories,
-        )
-        print(f"\nReport: {report}\nAdapter: {folder / 'adapter'}")
+        publish(done, folder, self._evaluator, {"training": seconds, **self._parts}, more, note=self._note)
+        print(f"Adapter: {folder / 'adapter'}")
 
     def state_dict(self) -> dict[str, Any]:
         """The wall time so far, so that a resumed run reports all of it; the evaluations, and the best adapter."""
-        state: dict[str, Any] = {"seconds": self._elapsed(), "history": [each.as_dict() for each in self._history]}
+        state: dict[str, Any] = {
+            "seconds": self._elapsed(),
+            "history": [each.as_dict() for each in self._history],
+            "asked": [self._asked.questions, self._asked.kept, list(self._asked.usage)],
+        }
         return state if self._best is None else state | {"best": self._best.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Reads what `state_dict` gave."""
         self._seconds = state_dict["seconds"]
+        questions, kept, usage = state_dict.get("asked", (0, 0, ()))
+        self._asked = Asked(questions, kept, Usage(*usage))
         self._history = [Moment(**each) for each in state_dict.get("history", [])]
         if self._best is not None and "best" in state_dict:
             self._best.load_state_dict(state_dict["best"])
@@ -240,6 +225,7 @@ class HeldOutEvaluation(lightning.Callback):
             if pixels is None or not trainer.is_global_zero:
                 return None
             evaluation = self._evaluator.judge(pixels, module.reward, prompts, module.device)
+            self._asked = self._asked.plus(evaluation.asked)
         if not what.startswith("epoch"):  # those count as training
             part = f"{what}'s images"
             self._parts[part] = self._parts.get(part, 0.0) + time.monotonic() - started

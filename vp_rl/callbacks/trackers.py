@@ -47,7 +47,8 @@ def wandb_logger(
     """A W&B run that says nothing of the machine it runs on, and that goes on when the run is resumed.
 
     Left out are the host's name and hardware, folders, command line, code, git remote, installed packages and what the
-    terminal shows. System metrics such as the GPU's load stay. WANDB_MODE=offline needs no account.
+    terminal shows. System metrics such as the GPU's load stay; and W&B's client writes into an artifact's manifest
+    where its files lay. WANDB_MODE=offline needs no account.
 
     Args:
         folder: the run's; it keeps the W&B run's name for resuming, and W&B's files. One whose name is a number is a

@@ -4,17 +4,17 @@ Vision-language models prefer one place over the other. So each pair is shown tw
 image that is preferred only where it stands first has won nothing.
 """
 
-import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from vp_rl.evaluation.asking import Asked, Rated, rate
 from vp_rl.evaluation.compare import interval
 from vp_rl.evaluation.images import Evaluation
+from vp_rl.evaluation.store import NOTHING, Store
 from vp_rl.interfaces import Annotator
 from vp_rl.types import ASPECTS
-from vp_rl.visionprefer.annotate import rate_all
-from vp_rl.visionprefer.generate import as_png
 
 OVERALL = "overall"
 
@@ -34,23 +34,30 @@ class Duel:
     """Both orders gave the same answer: far below 1 the judge goes by the place, or guesses."""
 
 
-def duels(judge: Annotator, base: Evaluation, tuned: Evaluation) -> dict[str, Duel]:
-    """By aspect, and `overall` by the sum over aspects. Asks 8 questions for each pair of images.
+def duels(
+    judge: Annotator, base: Evaluation, tuned: Evaluation, store: Store = NOTHING.store, *, quiet: bool = True
+) -> tuple[dict[str, Duel], Asked]:
+    """By aspect, and `overall` by the sum over aspects; and what asking took: 8 questions for each pair of images.
 
     Args:
         judge: who is shown the pairs.
         base, tuned: the same prompts and seeds before and after.
+        store: where each answer is kept as it comes.
+        quiet: no progress bar.
     """
-    pairs = [(as_png(a), as_png(b)) for a, b in zip(base.images, tuned.images, strict=True)]
-    straight = asyncio.run(rate_all(judge, base.prompts, pairs))
-    turned = asyncio.run(rate_all(judge, base.prompts, [pair[::-1] for pair in pairs]))
-    gains: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    for aspect in ASPECTS:
-        first = np.array([row[aspect][1].rating - row[aspect][0].rating for row in straight])
-        gains[aspect] = first, np.array([row[aspect][0].rating - row[aspect][1].rating for row in turned])
-    both = list(gains.values())
-    gains[OVERALL] = np.sum([one for one, _ in both], axis=0), np.sum([other for _, other in both], axis=0)
-    return {name: _duel(*each, base.prompt) for name, each in gains.items()}
+    pairs = list(np.stack([base.images, tuned.images], 1))
+    straight, asked = rate(judge, base.prompts, pairs, store, quiet=quiet)
+    turned, more = rate(judge, base.prompts, [pair[::-1] for pair in pairs], store, quiet=quiet)
+    one, other = _gain(straight), -_gain(turned)
+    gains = {aspect: (one[:, place], other[:, place]) for place, aspect in enumerate(ASPECTS)}
+    gains[OVERALL] = one.sum(1), other.sum(1)
+    return {name: _duel(*each, base.prompt) for name, each in gains.items()}, asked.plus(more)
+
+
+def _gain(rated: Sequence[Rated]) -> np.ndarray:
+    """By how much the second image is rated higher than the first, of each pair and aspect."""
+    ratings = np.array([[[rating.rating for rating in image] for image in pair] for pair in rated])
+    return ratings[:, 1] - ratings[:, 0]
 
 
 def _duel(one: np.ndarray, other: np.ndarray, prompt: np.ndarray) -> Duel:

@@ -1,7 +1,5 @@
 """Images for held-out prompts with fixed seeds, scored by the reward and rated by the held-out judge."""
 
-import asyncio
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -12,6 +10,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 
 from vp_rl.evaluation import looks
+from vp_rl.evaluation.asking import Asked, rate
 from vp_rl.evaluation.store import (
     NOTHING,
     Kept,
@@ -25,8 +24,7 @@ from vp_rl.evaluation.store import (
 from vp_rl.interfaces import Annotator, Policy, PromptSource, Reward
 from vp_rl.sampler import Sampler
 from vp_rl.types import ASPECTS, Conditioning, Split, take
-from vp_rl.visionprefer.annotate import rate_all
-from vp_rl.visionprefer.generate import as_png, to_uint8
+from vp_rl.visionprefer.generate import to_uint8
 
 Pixels = UInt8[np.ndarray, "images height width 3"]
 OnBatch = Callable[[int], object]
@@ -49,6 +47,8 @@ class Evaluation:
     """The judge's reasons for each image, in the order of `ASPECTS`."""
     panel: dict[str, Float[np.ndarray, " images"]] = field(default_factory=dict)
     """By other rewards, by their names."""
+    asked: Asked = Asked()
+    """What the ratings took."""
 
     def metrics(self) -> dict[str, Float[np.ndarray, " images"]]:
         """Everything better or worse, by name, for each image; `correct` is 1 where prompt following is rated 5."""
@@ -254,7 +254,7 @@ class Evaluator:
             name: self._scores(each.to(device), pixels, rows, device, kept, name, names)
             for name, each in {"reward": reward, **self.panel}.items()
         }
-        ratings, rationales = self._rate(prompts, pixels, kept, names)
+        ratings, rationales, asked = self._rate(prompts, pixels, kept)
         return Evaluation(
             [row.prompt for row in rows],
             [row.seed for row in rows],
@@ -263,6 +263,7 @@ class Evaluator:
             ratings,
             rationales,
             scores,
+            asked,
         )
 
     def _rows(self, prompts: Sequence[str], share: tuple[int, int] = (0, 1)) -> list[_Row]:
@@ -301,25 +302,11 @@ class Evaluator:
         return np.array([found[key] for key in keys], np.float32)
 
     def _rate(
-        self, prompts: Sequence[str], pixels: Pixels, kept: Kept, names: Sequence[str]
-    ) -> tuple[np.ndarray, list[tuple[str, ...]]]:
-        each, judge = len(self.seeds), self.annotator
-        own = [slice(i * each, (i + 1) * each) for i in range(len(prompts))]
-        keys = [
-            key_of("rating", judge.name, judge.version, prompt, list(names[rows]))
-            for prompt, rows in zip(prompts, own, strict=True)
-        ]
-        found = {key: json.loads(data) for key, data in kept.store.get(keys).items()}
-        missing = [number for number, key in enumerate(keys) if key not in found]
-        for some in (missing[i : i + self._batch_size] for i in range(0, len(missing), self._batch_size)):
-            pictures = ([as_png(image) for image in pixels[own[number]]] for number in some)
-            rated = asyncio.run(rate_all(judge, [prompts[number] for number in some], pictures, quiet=True))
-            new = {
-                keys[number]: [[list(row[aspect][image]) for aspect in ASPECTS] for image in range(each)]
-                for number, row in zip(some, rated, strict=True)
-            }
-            kept.store.put((key, json.dumps(value).encode()) for key, value in new.items())
-            found |= new
-        by_image = [image for key in keys for image in found[key]]
-        ratings = np.array([[rating for rating, _ in image] for image in by_image])
-        return ratings, [tuple(reason for _, reason in image) for image in by_image]
+        self, prompts: Sequence[str], pixels: Pixels, kept: Kept
+    ) -> tuple[np.ndarray, list[tuple[str, ...]], Asked]:
+        each = len(self.seeds)
+        shown = [pixels[i * each : (i + 1) * each] for i in range(len(prompts))]
+        rated, asked = rate(self.annotator, prompts, shown, kept.store)
+        by_image = [image for row in rated for image in row]
+        ratings = np.array([[rating.rating for rating in image] for image in by_image])
+        return ratings, [tuple(rating.rationale for rating in image) for image in by_image], asked

@@ -17,6 +17,7 @@ Features = Callable[[Pixels], Float[np.ndarray, "images features"]]
 """Numbers of an image whose Euclidean distance says how different two images look."""
 
 _SIDE = 64  # pixels that larger images are reduced to before edges are looked at
+_SHIFTED = 128  # pixels that larger images are reduced to before they are shifted
 _CELLS, _EDGE_CELLS, _DIRECTIONS = 8, 4, 8
 _AT_ONCE = 64  # images
 _GREY = torch.tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)
@@ -31,13 +32,57 @@ def coarse(images: Pixels) -> Float[np.ndarray, "images features"]:
 
 
 def appearance(images: Pixels) -> dict[str, Float[np.ndarray, " images"]]:
-    """Brightness and contrast (mean and standard deviation of grey, 0 to 1), colour, sharpness.
+    """Brightness and contrast (mean and standard deviation of grey, 0 to 1), colour, sharpness, repetition.
 
     Colour is Hasler and Suesstrunk's colourfulness (2003), of channels in [0, 1]; sharpness the mean absolute Laplacian
-    of grey.
+    of grey; for repetition see there.
     """
     rows = [_appearance(part) for part in _parts(images)]
     return {name: torch.cat([row[name] for row in rows]).double().numpy() for name in rows[0]}
+
+
+def repetition(grey: Float[Tensor, "images height width"]) -> Float[Tensor, " images"]:
+    """How much of an image's likeness to itself is lost when it is shifted, and comes back when it is shifted further.
+
+    The largest off-centre peak of the autocorrelation, above what it rises from: max over shifts d, up to half of each
+    side, of r(d) - min r on the straight way from 0 to d, where r < 0 counts as 0; r(d) is the correlation of the image
+    with itself shifted by d, over the pixels n that overlap, cov / max(sqrt(var var'), var(image) / 2), so that faint
+    overlaps count for little. The autocorrelation's peaks as a measure of periodic texture are Haralick's (1979,
+    "Statistical and structural approaches to texture"); counting from what was lost is for images with long edges,
+    which are like themselves all along them.
+
+    1: it is made of equal tiles, each unlike itself when shifted. 0: nothing comes back, as in a gradient, across an
+    edge, or on plain ground. An object that is there twice has 1/2 or more; noise of N pixels below about 8 / sqrt(N).
+    """
+    height, width = grey.shape[-2:]
+    down, across = height // 2, width // 2
+    size = (height + down, width + across)  # so that nothing that is shifted out comes in at the other side
+    image = grey.double() - grey.double().mean((1, 2), keepdim=True)
+    one, square, ones = (torch.fft.rfft2(each, s=size) for each in (image, image.square(), torch.ones_like(image)))
+
+    def correlate(still: Tensor, shifted: Tensor) -> Tensor:
+        whole = torch.fft.irfft2(still.conj() * shifted, s=size)
+        return torch.roll(whole, (down, across), (1, 2))[:, : 2 * down + 1, : 2 * across + 1]
+
+    number, here, there = correlate(ones, ones), correlate(one, ones), correlate(ones, one)
+    variances = (correlate(square, ones) - here.square() / number, correlate(ones, square) - there.square() / number)
+    least = number * (image.square().mean((1, 2), keepdim=True) / 2 + 1e-9)
+    scale = torch.maximum((variances[0].clamp(min=0) * variances[1].clamp(min=0)).sqrt(), least)
+    likeness = ((correlate(one, one) - here * there / number) / scale).clamp(0, 1)
+    return (likeness - _lowest_on_the_way(likeness)).amax((1, 2)).float()
+
+
+def _lowest_on_the_way(likeness: Float[Tensor, "images down across"]) -> Float[Tensor, "images down across"]:
+    """The smallest value between the middle and each place, ring by ring from the middle."""
+    lowest, middle = likeness.clone(), tuple(side // 2 for side in likeness.shape[1:])
+    rows, columns = (torch.arange(-half, half + 1) for half in middle)
+    ring = torch.maximum(rows.abs()[:, None], columns.abs()[None])
+    for step in range(1, int(ring.max()) + 1):
+        row, column = torch.nonzero(ring == step, as_tuple=True)
+        nearer = ((place - half) * (step - 1) / step for place, half in zip((row, column), middle, strict=True))
+        before = [place.round().long() + half for place, half in zip(nearer, middle, strict=True)]
+        lowest[:, row, column] = torch.minimum(likeness[:, row, column], lowest[:, before[0], before[1]])
+    return lowest
 
 
 def diversity(
@@ -93,6 +138,7 @@ def _coarse(images: Tensor) -> Tensor:
 
 
 def _appearance(images: Tensor) -> dict[str, Tensor]:
+    height, width = images.shape[-2:]
     red, green, blue = images.unbind(1)
     grey = (images * _GREY).sum(1)
     across, along = (red - green).flatten(1), ((red + green) / 2 - blue).flatten(1)
@@ -103,4 +149,5 @@ def _appearance(images: Tensor) -> dict[str, Tensor]:
         "contrast": grey.flatten(1).std(1, correction=0),
         "colour": deviation + 0.3 * (across.mean(1) ** 2 + along.mean(1) ** 2).sqrt(),
         "sharpness": F.conv2d(grey[:, None], kernel).abs().flatten(1).mean(1),
+        "repetition": repetition(F.adaptive_avg_pool2d(grey, (min(height, _SHIFTED), min(width, _SHIFTED)))),
     }

@@ -16,8 +16,11 @@ import torch
 from PIL import Image
 
 from vp_rl.evaluation import settings
+from vp_rl.evaluation.asking import Asked
 from vp_rl.evaluation.compare import Change
 from vp_rl.evaluation.curves import curves, history, phases
+from vp_rl.evaluation.distances import Distances
+from vp_rl.evaluation.duel import OVERALL, Duel
 from vp_rl.evaluation.images import Evaluation, noise_seed
 from vp_rl.evaluation.signs import Sign
 from vp_rl.evaluation.verdict import LOOK, PANEL, direction, interval, label, number, verdicts
@@ -25,6 +28,7 @@ from vp_rl.sampler import Sampler
 from vp_rl.scenes import tiny
 from vp_rl.types import ASPECTS
 
+_ALL = "all prompts"
 _CARDS = 12  # images of each kind in the page
 _PIXELS = 256  # longest side of an image in the page
 _PACKAGES = ("vp_rl", "torch", "diffusers", "transformers", "peft", "lightning")
@@ -62,10 +66,13 @@ def write_report(
     changes: dict[str, Change],
     *,
     sampler: Sampler,
-    seconds: float | Mapping[str, float],
+    seconds: Mapping[str, float],
     note: str = "",
     signs: Sequence[Sign] = (),
     categories: Mapping[str, Mapping[str, Change]] | None = None,
+    pairs: Mapping[str, Duel] | None = None,
+    distances: Distances | None = None,
+    asked: Mapping[str, Asked] | None = None,
     command: str = "",
 ) -> Path:
     """Writes `report.html` into the run's folder and returns its path.
@@ -75,33 +82,37 @@ def write_report(
         base, tuned: the same prompts and seeds before and after.
         changes: their comparison; other rewards than the one trained for are named `panel/NAME`.
         sampler: what made the images.
-        seconds: wall time of training, or of each part of the run by its name.
+        seconds: wall time of each part of the run, by its name.
         note: what readers must know of the data.
         signs: of an exploited reward.
         categories: the comparison within each category of prompts.
+        pairs: what the judge said of both images at once, by aspect.
+        distances: of the sets of images as wholes.
+        asked: what the judge took, by the way in which it was asked.
         command: that made it, fit to be passed on, where it is not the one that is found in the folder.
     """
-    run, values = settings.read(folder), history(folder)
-    run = run._replace(command=command or run.command)
-    parts = seconds if isinstance(seconds, Mapping) else {"training": seconds}
-    prompts = len(set(base.prompts))
+    read, values = settings.read(folder), history(folder)
+    run = read._replace(command=command or read.command)
     page = PAGES.get_template("report.html").render(
         title=run.title,
         date=f"{folder.parent.name}, job {folder.name}" if folder.name.isdigit() else folder.name,
         note=note,
-        prompts=prompts,
+        prompts=len(set(base.prompts)),
         images=len(base.prompts),
-        verdicts=verdicts(changes, prompts, signs, categories),
+        verdicts=verdicts(changes, len(set(base.prompts)), signs, categories, (pairs or {}).get(OVERALL)),
         rows=_rows(changes),
         groups=_groups(changes),
-        categories=_by_category(categories or {}),
+        categories=_by_category(categories or {}, changes),
+        pairs={name: (name.replace("_", " ").capitalize(), duel) for name, duel in (pairs or {}).items()},
+        distances=distances,
+        asked={way: spent(each) for way, each in (asked or {}).items()},
         signs=sorted(signs, key=lambda sign: sign.severity != "warning"),
         **_galleries(base, tuned),
         curves=curves(values, signs),
         run=run,
         code=_code(run.policy, sampler, base.prompts[0], base.seeds[0]),
-        parts={name: duration(each) for name, each in parts.items()},
-        total=duration(sum(parts.values())),
+        parts={name: duration(each) for name, each in seconds.items()},
+        total=duration(sum(seconds.values())),
         phases=phases(values),
         machine=_machine(),
         versions={"Python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
@@ -150,14 +161,30 @@ def _groups(changes: Mapping[str, Change]) -> dict[str, list[str]]:
     return {title: names for title, names in groups.items() if names}
 
 
-def _by_category(categories: Mapping[str, Mapping[str, Change]]) -> dict[str, list[Row]]:
-    """The lines of each metric that is worth telling apart by category, in bars of one scale."""
+def _by_category(categories: Mapping[str, Mapping[str, Change]], changes: Mapping[str, Change]) -> dict[str, list[Row]]:
+    """The lines of each metric that is worth telling apart by category, from the largest gain, in bars of one scale.
+
+    That of all prompts comes before them.
+    """
     tables = {}
     for name in ("mean_rating", "correct"):
-        own = {category: changes[name] for category, changes in categories.items() if name in changes}
+        own = {category: each[name] for category, each in categories.items() if name in each}
         if own:
-            tables[label(name)] = [row(name, each, own.values(), called) for called, each in own.items()]
+            ordered = sorted(own.items(), key=lambda item: -item[1].difference)
+            peers = [changes[name], *own.values()]
+            tables[label(name)] = [row(name, each, peers, called) for called, each in [(_ALL, changes[name]), *ordered]]
     return tables
+
+
+def spent(asked: Asked) -> str:
+    """What asking a judge took, in words."""
+    said = [f"{asked.questions:,} questions"] if asked.questions else []
+    if asked.kept:
+        said.append(f"{asked.kept:,} {'more ' if said else ''}answered in earlier evaluations")
+    if asked.usage.input_tokens or asked.usage.output_tokens:
+        said.append(f"{asked.usage.input_tokens:,} tokens in, {asked.usage.output_tokens:,} out")
+        said.append(f"${asked.usage.usd:,.2f}" if asked.usage.usd else "no prices are set")
+    return " · ".join(said)
 
 
 def _galleries(base: Evaluation, tuned: Evaluation) -> dict[str, list[dict[str, Any]]]:
@@ -207,7 +234,7 @@ def embed(image: Image.Image, width: int = _PIXELS, height: int = _PIXELS) -> st
 def duration(seconds: float) -> str:
     """As people say it."""
     if seconds < 60:
-        return f"{seconds:.0f} seconds"
+        return f"{seconds:.0f} second{'s' if round(seconds) != 1 else ''}"
     return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 

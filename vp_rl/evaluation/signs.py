@@ -17,6 +17,7 @@ from vp_rl.evaluation.images import Evaluation
 _CONFIDENCE = 0.99
 _LOST = 0.3  # share of the base's diversity or spread
 _DRIFTED = 0.25  # share of the base's brightness, contrast, colour or sharpness
+_REPEATED = 0.1  # more of an image's likeness to itself comes back when it is shifted
 _FAR = 0.5  # KL of a step for each latent dimension: there a step's mean is one standard deviation off the base's
 _JUMP = 10.0  # times the KL of the evaluation before
 _JUDGE = "mean_rating"
@@ -101,11 +102,16 @@ def signs(
 
 
 def _over_optimised(history: Sequence[Moment], reward: str) -> list[Sign]:
-    """The reward rises and one of those that it was not trained against falls, from its best evaluation to now."""
+    """The reward rises and one of those that it was not trained against falls, from its best evaluation to now.
+
+    The best of several is better than it is by luck, and would seem to fall by that alone. So each half of the prompts
+    is compared with the evaluation that the other half finds best, whose luck is its own: the difference has no bias,
+    and the interval keeps its promise however many evaluations there are.
+    """
     now, found = history[-1], []
     for name in _independent(now.values):
         best = max(history[:-1], key=lambda each: each.mean(name))
-        fell, rose = (_change(best, now, each) for each in (name, "reward"))
+        fell, rose = (_since_the_best(history, name, each) for each in (name, "reward"))
         if fell[2] >= 0 or rose[0] <= 0:
             continue
         words = (
@@ -118,7 +124,10 @@ def _over_optimised(history: Sequence[Moment], reward: str) -> list[Sign]:
 
 
 def _alike(history: Sequence[Moment]) -> list[Sign]:
-    """Images of a prompt, or of different prompts, have become alike; or all have drifted in what they look like."""
+    """Images of a prompt, or of different prompts, have become alike; or all have drifted in what they look like.
+
+    Without selection: each is the last evaluation against the first.
+    """
     base, now, found = history[0], history[-1], []
     for name, what in (
         ("look/diversity", "Images of one prompt have become alike: their distance from each other"),
@@ -134,7 +143,21 @@ def _alike(history: Sequence[Moment]) -> list[Sign]:
             since = next(each.epoch for each in history if abs(_share(base, each, name)) >= _DRIFTED)
             words = f"Images changed in {_NAMES[name]}, whatever their prompt: {share:+.0%} against the base model."
             found.append(Sign(words, since, "note"))
-    return found
+    return [*found, *_repeated(history)]
+
+
+def _repeated(history: Sequence[Moment]) -> list[Sign]:
+    """Images repeat textures or objects more than the base's do."""
+    base, now, name = history[0], history[-1], "look/repetition"
+    rose, low, _ = _change(base, now, name)
+    if rose < _REPEATED or low <= 0:
+        return []
+    since = next(each.epoch for each in history if each.mean(name) - base.mean(name) >= _REPEATED)
+    words = (
+        f"Images repeat textures or objects more: shifted by some way, {now.mean(name):.0%} of an image's likeness to "
+        f"itself comes back, {base.mean(name):.0%} of the base model's."
+    )
+    return [Sign(words, since, "note")]
 
 
 def _far(history: Sequence[Moment]) -> list[Sign]:
@@ -178,6 +201,18 @@ def _name(name: str) -> str:
 def _change(before: Moment, after: Moment, name: str) -> tuple[float, float, float]:
     """The mean difference, and its interval's ends."""
     gain = np.subtract(after.values[name], before.values[name])
+    return float(gain.mean()), *interval(gain, _CONFIDENCE)
+
+
+def _since_the_best(history: Sequence[Moment], by: str, name: str) -> tuple[float, float, float]:
+    """`_change` of each half of the prompts from the evaluation that is the best one by the other half."""
+    now = np.array(history[-1].values[name])
+    values, judged = (np.array([each.values[one] for each in history[:-1]]) for one in (name, by))
+    before, prompts = np.empty_like(now), np.arange(len(now))
+    for half in (prompts % 2 == 0, prompts % 2 == 1):
+        others = ~half if (~half).any() else half  # a single prompt has no other half
+        before[half] = values[judged[:, others].mean(1).argmax()][half]
+    gain = now - before
     return float(gain.mean()), *interval(gain, _CONFIDENCE)
 
 

@@ -25,6 +25,8 @@ _PATIENCE = 60.0  # seconds that another process may hold the file
 class Store:
     """Bytes by key in one SQLite file, which no crash leaves half-written and several processes may use.
 
+    So may several threads, one after the other: in a notebook answers come in another one (see `interfaces.wait`).
+
     Args:
         file: None: nothing is kept.
 
@@ -38,7 +40,7 @@ class Store:
             return
         file.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self._connection = sqlite3.connect(file, timeout=_PATIENCE)
+            self._connection = sqlite3.connect(file, timeout=_PATIENCE, check_same_thread=False)
             with self._connection:
                 self._connection.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB)")
         except sqlite3.DatabaseError as error:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from vp_rl.evaluation.compare import Change
+from vp_rl.evaluation.duel import Duel
 from vp_rl.evaluation.signs import Sign
 from vp_rl.types import ASPECTS
 
@@ -17,6 +18,7 @@ LABELS = {
     "correct": "Fully correct images",
     "look/colour": "Colourfulness",
     "look/diversity": "Diversity within a prompt",
+    "look/repetition": "Repetition within an image",
     "look/spread": "Spread over prompts",
     "look/distance": "Distance from the base's image",
 }
@@ -67,16 +69,17 @@ def verdicts(
     prompts: int,
     signs: Sequence[Sign] = (),
     categories: Mapping[str, Mapping[str, Change]] | None = None,
+    pair: Duel | None = None,
 ) -> list[Verdict]:
-    """One sentence to each question, in words that the intervals allow."""
+    """One sentence to each question, in words that the intervals allow; another where the judge saw whole pairs."""
     return [
-        _improved(changes["mean_rating"], changes["correct"], prompts),
+        _improved(changes["mean_rating"], changes["correct"], prompts, pair),
         _worse(changes, categories or {}),
         _over_optimised(changes["reward"], changes["mean_rating"], signs),
     ]
 
 
-def _improved(rating: Change, correct: Change, prompts: int) -> Verdict:
+def _improved(rating: Change, correct: Change, prompts: int, pair: Duel | None) -> Verdict:
     mood = direction(rating)
     share = f"fully correct images went from {number(correct.base, correct, 'correct')} to "
     share += f"{number(correct.tuned, correct, 'correct')} ({_moved(correct, 'correct')})"
@@ -85,6 +88,9 @@ def _improved(rating: Change, correct: Change, prompts: int) -> Verdict:
         f"By the held-out judge, which was not trained against, the mean rating of four aspects on a scale from 1 to 5 "
         f"{_went(rating, 'mean_rating')} on {prompts} unseen {plural}, and {share}."
     )
+    if pair is not None:
+        sentence += f" Shown both images at once, it prefers the trained model's in {pair.win:.0%} of the pairs, the "
+        sentence += f"base model's in {pair.loss:.0%}."
     return Verdict("Did it improve?", {"up": "Yes", "down": "No, it got worse", "even": "Not clearly"}[mood],
                    sentence, mood)  # fmt: skip
 

@@ -11,8 +11,7 @@ import torch
 from einops import rearrange
 from PIL import Image
 
-from vp_rl.interfaces import Annotator, Reward, Unanswered
-from vp_rl.rewards.asynchronous import run
+from vp_rl.interfaces import Annotator, Reward, Unanswered, wait
 from vp_rl.types import ASPECTS, Aspect, Images, Scores
 
 _ATTEMPTS = 3  # at an answer that can be read
@@ -64,7 +63,7 @@ class AnnotatedReward(Reward):
             ConnectionError: the annotator did not answer, though it tried.
             ValueError: it refuses an image or cannot be read, and `unrated` is None; or it never will answer.
         """
-        return torch.tensor(run(self._rate_all(images, prompts)), dtype=torch.float32, device=images.device)
+        return torch.tensor(wait(self._rate_all(images, prompts)), dtype=torch.float32, device=images.device)
 
     async def _rate_all(self, images: Images, prompts: list[str]) -> list[float]:
         gate = asyncio.Semaphore(self._concurrency)

@@ -18,8 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from vp_rl.interfaces import Reward
-from vp_rl.rewards.asynchronous import run
+from vp_rl.interfaces import Reward, wait
 from vp_rl.types import Images, Scores
 
 log = logging.getLogger(__name__)
@@ -108,7 +107,7 @@ class RemoteReward(Reward):
         """
         if not prompts:
             return torch.zeros(0, device=images.device)
-        return run(self._ask_all(images, prompts)).to(images.device)
+        return wait(self._ask_all(images, prompts)).to(images.device)
 
     async def _ask_all(self, images: Images, prompts: list[str]) -> Scores:
         gate, size, token = asyncio.Semaphore(self._concurrency), self._batch_size, os.environ.get(TOKEN, "").strip()

@@ -17,6 +17,8 @@ from vp_rl.visionprefer.journal import Journal, key_of
 from vp_rl.visionprefer.polish import Item
 
 ReadImage = Callable[[str], bytes]
+OnRated = Callable[[int, dict[Aspect, list[Rating]]], object]
+"""Told a prompt's place and its ratings as soon as they are there."""
 
 
 class Opinion(NamedTuple):
@@ -147,26 +149,34 @@ def _estimate(annotator: Annotator, call: Call, read: ReadImage) -> Usage:
 
 
 async def rate_all(
-    annotator: Annotator, prompts: Sequence[str], images: Iterable[Sequence[bytes]], *, quiet: bool = False
+    annotator: Annotator,
+    prompts: Sequence[str],
+    images: Iterable[Sequence[bytes]],
+    *,
+    quiet: bool = False,
+    on_rated: OnRated = lambda place, ratings: None,
 ) -> list[dict[Aspect, list[Rating]]]:
     """For each prompt, the ratings of its images (as files) by aspect, without a journal: for held-out judges.
 
-    The annotator's first error ends it all, and is raised as it is.
+    The annotator's first error ends it all, and is raised as it is; `on_rated` has had what was rated before.
     """
     gate = asyncio.Semaphore(annotator.concurrency)
     with tqdm(total=len(prompts), desc="annotate", unit="prompt", mininterval=2, disable=quiet) as bar:
 
-        async def one(prompt: str, pictures: Sequence[bytes]) -> dict[Aspect, list[Rating]]:
+        async def one(place: int, prompt: str, pictures: Sequence[bytes]) -> dict[Aspect, list[Rating]]:
             ratings: dict[Aspect, list[Rating]] = {}
             async with gate:
                 for aspect in ASPECTS:
                     ratings[aspect] = await annotator.annotate(prompt, pictures, aspect)
             bar.update()
+            on_rated(place, ratings)
             return ratings
 
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(one(*each)) for each in zip(prompts, images, strict=True)]
+                tasks = [
+                    group.create_task(one(place, *each)) for place, each in enumerate(zip(prompts, images, strict=True))
+                ]
         except ExceptionGroup as errors:  # callers tell users of a ValueError; they cannot see it in a group
             raise errors.exceptions[0] from errors
     return [task.result() for task in tasks]

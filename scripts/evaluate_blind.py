@@ -1,0 +1,66 @@
+"""People compare an adapter's images with its base model's, blind: what they answered.
+
+    python scripts/evaluate.py images adapter=RUN blind.pairs=60          # writes the page and its key
+    python scripts/evaluate.py blind RUN/evaluation/blind answers-*.json  # what people saved from the page
+
+Send `compare.html` to whom you like, and keep `key.json`, which alone says which image is whose. The results lie beside
+it as `results.html` and `results.json`.
+"""
+
+import argparse
+import logging
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from vp_rl.annotators.wording import read_guidelines
+from vp_rl.evaluation import blind
+from vp_rl.evaluation.blind_answers import read_answers, results
+from vp_rl.evaluation.blind_report import console, write
+from vp_rl.evaluation.images import Evaluation
+from vp_rl.evaluation.settings import public
+from vp_rl.types import ASPECTS
+from vp_rl.visionprefer.votes import OVERALL
+
+log = logging.getLogger("vp_rl")
+
+
+def ask(folder: Path, base: Evaluation, tuned: Evaluation, pairs: int, aspects: Sequence[str]) -> None:
+    """Writes the page on which people compare them, and says where it is.
+
+    Raises:
+        ValueError: an aspect is unknown; see also `blind.write_page`.
+    """
+    unknown = [aspect for aspect in aspects if aspect not in (OVERALL, *ASPECTS)]
+    if unknown or not aspects:
+        raise ValueError(f"blind.aspects={list(aspects)}: choose from {', '.join((OVERALL, *ASPECTS))}.")
+    rated = read_guidelines([aspect for aspect in aspects if aspect != OVERALL], None)
+    page = blind.write_page(folder, base, tuned, pairs, {a: rated.get(a, blind.GUIDELINE) for a in aspects})
+    number = len(blind.read_key(folder).pairs)
+    if number < pairs:
+        few = "there are no more" if number == len(base.prompts) else "a page of them all would be above 10 MB"
+        log.warning("%d pairs are compared, not %d: %s", number, pairs, few)
+    print(f"\nFor people, {number} pairs: {page}, to be sent without {blind.KEY}; then\n  {_command(folder)}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py blind", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help=f"where {blind.PAGE} and {blind.KEY} are")
+    parser.add_argument("answers", type=Path, nargs="+", help="files that people saved from the page, one of each")
+    given = parser.parse_args(arguments)
+    try:
+        key = blind.read_key(given.folder)
+        found = results(read_answers(given.answers, key), key)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    print(console(found))
+    print(f"\nResults: {write(found, given.folder, public(_command(given.folder, given.answers)))}")
+
+
+def _command(folder: Path, answers: Sequence[Path] = (Path("answers-*.json"),)) -> str:
+    files = " ".join(str(file) if "*" in str(file) else shlex.quote(str(file)) for file in answers)
+    return f"python scripts/evaluate.py blind {shlex.quote(str(folder))} {files}"

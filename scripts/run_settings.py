@@ -1,0 +1,98 @@
+"""What the commands of evaluate.py have in common: a run's adapter and settings, and errors in one line."""
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+TRAINING = ("lora", "gradient_checkpointing")
+"""Of a policy's settings: what changes nothing in the base's images."""
+
+
+@contextmanager
+def plain_errors(kept: str) -> Iterator[None]:
+    """What a user can mend is said in one line; so is Ctrl-C, with what of the work is kept."""
+    try:
+        yield
+    except InstantiationException as error:
+        _stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError | ImportError) else error)
+    except (ValueError, OSError, OmegaConfBaseException) as error:
+        _stop(error)
+    except KeyboardInterrupt:
+        sys.exit(f"stopped; {kept} kept, start the same command again to go on")
+
+
+def _stop(error: BaseException) -> None:
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        raise error
+    sys.exit(f"error: {error}")
+
+
+def names_in(argument: str) -> list[str]:
+    """Those in `key=a` or `key=[a,b]`.
+
+    Raises:
+        ValueError: the list has no name in it, or one twice.
+    """
+    key, _, value = argument.partition("=")
+    names = [name.strip() for name in re.sub(r"^\[|\]$", "", value.strip()).split(",")]
+    if "" in names or len(set(names)) < len(names):
+        raise ValueError(f"{argument!r}: give one name, or different ones as {key}=[a,b].")
+    return names
+
+
+def find(given: Path) -> tuple[Path, Any]:
+    """The folder of an adapter, and the settings of the run that it is of; empty where it is of none.
+
+    Args:
+        given: the run's folder, or the adapter's.
+
+    Raises:
+        FileNotFoundError: there is no adapter.
+    """
+    adapter = given / "adapter" if (given / "adapter").is_dir() else given
+    files = (place / ".hydra" / "config.yaml" for place in (given, given.parent))
+    saved = next((file for file in files if file.is_file()), None)
+    if saved is None and not any(adapter.glob("*.safetensors")):  # for its log Hydra has made even a mistyped folder
+        raise FileNotFoundError(f"adapter='{given}' is no folder of a run or of an adapter.")
+    return adapter, OmegaConf.create() if saved is None else OmegaConf.load(saved)
+
+
+def with_given(run: Any, name: str, given: Any, adapter: str) -> Any:
+    """A node of the run's settings, with what was given over it; or the given one, where it is a whole one.
+
+    Raises:
+        ValueError: the run has no such node, and a whole one was not given.
+    """
+    own = OmegaConf.select(run, name)
+    if given is not None and "_target_" in given:
+        return given
+    if own is None:
+        raise ValueError(f"adapter='{adapter}' is of no run, so that {name}=... must be given, as in {name}=NAME.")
+    return OmegaConf.merge(OmegaConf.to_container(own, resolve=True), given or {})
+
+
+def sampler_of(run: Any, given: Any) -> dict[str, Any]:
+    """The node of the sampler that the run's evaluations used, with what was given over it."""
+    own: Any = OmegaConf.to_container(OmegaConf.select(run, "evaluation.sampler") or OmegaConf.create())
+    return {"_target_": "vp_rl.sampler.Sampler"} | own | dict(given)
+
+
+def device_of(name: str) -> str:
+    """`auto` is the GPU where there is one."""
+    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def said(node: Any, without: Sequence[str] = ()) -> str:
+    """A node in words that are the same whenever its settings are, but for some of these."""
+    settings: Any = OmegaConf.to_container(node, resolve=True)
+    return json.dumps({name: value for name, value in settings.items() if name not in without}, sort_keys=True)
