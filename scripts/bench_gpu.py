@@ -4,6 +4,8 @@
     python scripts/bench_gpu.py --compile --channels-last --optimizer adamw_fused --trl
     python scripts/bench_gpu.py --tiny                             the embedded models, on the CPU (without a GPU: this)
 
+Weights are in bfloat16 and nothing is cast, as in the experiments; --precision bf16-mixed adds autocast, as TRL has it.
+
 Printed are images a second of sampling, of decoding and reward, and of training (an image is trained on all its steps);
 then of whole rounds, with --trl beside TRL's trainer at the same settings; floating-point operations of the model (a
 recomputation is not counted) as a share of the device's published peak, or of what a large matrix product reaches; and
@@ -61,7 +63,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tiny", action="store_true", help="the embedded models")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the frozen weights")
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed"], help="the trainer's")
+    parser.add_argument("--compile", action="store_true", help="takes minutes at the start")
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--gradient-checkpointing", action="store_true")
     parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS)
@@ -147,7 +150,7 @@ def parts(
     """Images a second of each part by itself, and the memory at its peak."""
     prompts = ScenePrompts().split("train")[: given.sample_batch]
     conditioning = policy.encode(prompts)
-    amp = partial(torch.autocast, device.type, torch.bfloat16, enabled=given.dtype == "bfloat16")
+    amp = partial(torch.autocast, device.type, torch.bfloat16, enabled=given.precision == "bf16-mixed")
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = OPTIMIZERS[given.optimizer](trained, lr=3e-4)
 
@@ -213,7 +216,7 @@ def rounds(
     trainer = lightning.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,
-        precision="bf16-mixed" if given.dtype == "bfloat16" else "32-true",
+        precision=given.precision,
         max_epochs=1 + given.rounds,
         accumulate_grad_batches=max(1, batches // 4),
         gradient_clip_val=1.0,
