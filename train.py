@@ -78,6 +78,8 @@ def run(config: DictConfig) -> float | None:
 
     if isinstance(trainer.checkpoint_callback, RunCheckpoints):
         trainer.checkpoint_callback.settings = settings
+    for file in folder.glob("hpc_ckpt_*.ckpt"):  # Lightning's, of a job that was queued again: it would prefer them
+        file.unlink(missing_ok=True)
     with tracked(trainer, settings):
         trainer.fit(algorithm, data, ckpt_path=checkpoint, weights_only=True)
         if config.test:
@@ -227,6 +229,7 @@ def _quieten() -> None:
         "Found .* in eval mode at the start of training",  # frozen models, as they should be
         "Experiment logs directory .* exists and is not empty",  # Hydra has written the settings there
         "Checkpoint directory .* exists and is not empty",  # a resumed run
+        "Since DeepSpeed handles gradient clipping internally",  # it does clip, by trainer.gradient_clip_val
         "The '.*_dataloader' does not have many workers",  # images are small; data.num_workers is a setting
     ):
         warnings.filterwarnings("ignore", message=expected)

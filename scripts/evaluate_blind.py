@@ -26,15 +26,26 @@ from vp_rl.visionprefer.votes import OVERALL
 log = logging.getLogger("vp_rl")
 
 
+def check(pairs: int, aspects: Sequence[str]) -> None:
+    """Before any image is made.
+
+    Raises:
+        ValueError: the settings cannot be.
+    """
+    if pairs < 0:
+        raise ValueError(f"blind.pairs={pairs} must be at least 0, which leaves no page.")
+    if isinstance(aspects, str) or not aspects or any(aspect not in (OVERALL, *ASPECTS) for aspect in aspects):
+        shown = aspects if isinstance(aspects, str) else list(aspects)
+        raise ValueError(f"blind.aspects={shown}: give a list, as [overall], of {', '.join((OVERALL, *ASPECTS))}.")
+
+
 def ask(folder: Path, base: Evaluation, tuned: Evaluation, pairs: int, aspects: Sequence[str]) -> None:
     """Writes the page on which people compare them, and says where it is.
 
     Raises:
-        ValueError: an aspect is unknown; see also `blind.write_page`.
+        ValueError: see `check` and `blind.write_page`.
     """
-    unknown = [aspect for aspect in aspects if aspect not in (OVERALL, *ASPECTS)]
-    if unknown or not aspects:
-        raise ValueError(f"blind.aspects={list(aspects)}: choose from {', '.join((OVERALL, *ASPECTS))}.")
+    check(pairs, aspects)
     rated = read_guidelines([aspect for aspect in aspects if aspect != OVERALL], None)
     page = blind.write_page(folder, base, tuned, pairs, {a: rated.get(a, blind.GUIDELINE) for a in aspects})
     number = len(blind.read_key(folder).pairs)

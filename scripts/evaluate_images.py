@@ -10,7 +10,7 @@ from typing import Any
 
 import hydra
 import torch
-from evaluate_blind import ask  # these lie beside this file
+from evaluate_blind import ask, check  # these lie beside this file
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -18,7 +18,7 @@ from run_settings import TRAINING, device_of, find, names_in, plain_errors, said
 from tqdm import tqdm
 
 from vp_rl.evaluation.conclusion import ALONE, PAIRS, conclude, publish
-from vp_rl.evaluation.distances import Encoder, distances
+from vp_rl.evaluation.distances import Encoder, distances, images_in, sees_whole
 from vp_rl.evaluation.duel import duels
 from vp_rl.evaluation.images import Evaluation, Evaluator
 from vp_rl.evaluation.settings import override, publishable
@@ -51,7 +51,9 @@ def expand(arguments: Sequence[str]) -> list[str]:
         key, _, value = argument.partition("=")
         node, dot, _ = key.partition(".")
         if key == "distances":
-            found += [f"+reward@distances.encoder={value}", f"+distances.name={value}"]
+            if len(names := names_in(argument)) > 1:
+                raise ValueError(f"{argument!r}: images are compared by one encoder.")
+            found += [f"+reward@distances.encoder={names[0]}", f"+distances.name={names[0]}"]
         elif key == "panel":
             found += [f"+reward@panel.{name}={name}" for name in names_in(argument)]
         elif dot and (node == "sampler" or (node in _NODES and node not in chosen)):
@@ -71,6 +73,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         ValueError, OSError: the adapter, or something else that is named, is not there or does not fit.
     """
     adapter, whole = complete(config)
+    check(config.blind.pairs, config.blind.aspects)
     folder, started = Path(config.folder), time.monotonic()
     torch.manual_seed(config.seed)
     device = device_of(config.device)
@@ -136,10 +139,10 @@ def _encoder(config: DictConfig, device: str) -> Encoder | None:
         if config.reference is not None:
             raise ValueError(f"reference='{config.reference}' needs an encoder of images too: distances=clip_score.")
         return None
-    if config.reference is not None and not Path(config.reference).is_dir():
-        raise FileNotFoundError(f"reference='{config.reference}' is no folder.")
+    if config.reference is not None:
+        next(images_in(Path(config.reference)))  # before any image is made
     encoder = instantiate(config.distances.encoder).to(device)
-    if not isinstance(encoder, Encoder):
+    if not isinstance(encoder, Encoder) or not sees_whole(encoder, torch.device(device)):
         raise ValueError(
             f"distances={config.distances.name} has no features of images alone: choose a CLIP, like clip_score."
         )

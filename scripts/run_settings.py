@@ -14,6 +14,8 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vp_rl.interfaces import Unanswered
+
 TRAINING = ("lora", "gradient_checkpointing")
 """Of a policy's settings: what changes nothing in the base's images."""
 
@@ -27,6 +29,8 @@ def plain_errors(kept: str) -> Iterator[None]:
         _stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError | ImportError) else error)
     except (ValueError, OSError, OmegaConfBaseException) as error:
         _stop(error)
+    except Unanswered as error:
+        sys.exit(f"error: {error}\n{kept} kept: start the same command again to go on")
     except KeyboardInterrupt:
         sys.exit(f"stopped; {kept} kept, start the same command again to go on")
 

@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +14,14 @@ from vp_rl.evaluation.asking import Asked, rate
 from vp_rl.evaluation.duel import duels
 from vp_rl.evaluation.store import Kept, Store
 from vp_rl.types import Answer, Aspect, Usage
+
+
+@pytest.fixture(autouse=True)
+def _ctrl_c() -> Iterator[None]:
+    """As in a terminal: what a shell starts in the background would not hear of it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 class Paid(BrightnessJudge):

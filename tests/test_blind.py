@@ -202,9 +202,20 @@ def test_a_page_that_is_there_keeps_its_key(tmp_path: Path) -> None:
         page(tmp_path, asked={OVERALL: "Something else."})
 
 
+def test_a_key_whose_page_was_moved_away_is_not_written_over(tmp_path: Path) -> None:
+    page(tmp_path)
+    key = (tmp_path / KEY).read_bytes()
+    (tmp_path / PAGE).rename(tmp_path / "sent.html")
+    with pytest.raises(ValueError, match="key of a page that is no longer there"):
+        page(tmp_path)
+    assert (tmp_path / KEY).read_bytes() == key
+
+
 def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
     base, tuned = made()
-    with pytest.raises(ValueError, match=r"blind.aspects=\['beauty'\]: choose from overall"):
+    with pytest.raises(
+        ValueError, match=r"blind.aspects=\['beauty'\]: give a list, as \[overall\], of overall, prompt"
+    ):
         ask(tmp_path, base, tuned, 3, ["beauty"])
     with pytest.raises(ValueError, match="asks nothing"):
         write_page(tmp_path, base, tuned, 0, ASKED)

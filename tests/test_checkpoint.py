@@ -349,6 +349,18 @@ def test_a_run_stopped_in_an_update_finishes_its_round(signum: signal.Signals, t
     assert torch.equal(resumed(two_passes, tmp_path / "run"), unbroken(two_passes, tmp_path / "whole"))
 
 
+def test_a_signal_is_not_passed_on_to_a_run_that_is_over(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)  # which would end the process
+    try:
+        fit(refl(LinearPolicy(), Counting()), tmp_path / "first")  # jobs of a sweep follow each other in one process
+        with pytest.raises(Interrupted) as stopped:
+            fit(two_passes(Counted(kills(9, signal.SIGUSR1)), Counting()), tmp_path / "second")
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert stopped.value.code == 128 + signal.SIGUSR1
+    assert names(tmp_path / "second") == ["epoch=0000-batch=0012.ckpt"]
+
+
 def test_accumulated_gradients_are_not_lost(tmp_path: Path) -> None:
     def accumulating(policy: LinearPolicy, reward: Reward, folder: Path, resume: Path | None = None) -> None:
         fit(ddpo(policy, reward, train_batch=12), folder, resume=resume, accumulate_grad_batches=2)

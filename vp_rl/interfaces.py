@@ -206,8 +206,10 @@ def wait(coroutine: Coroutine[Any, Any, Result]) -> Result:
     Also where an event loop is running already, as in a notebook. Ctrl-C ends the coroutine, too.
     """
     try:
-        asyncio.get_running_loop()
+        running = asyncio.get_running_loop()
     except RuntimeError:
+        running = None
+    if running is None:
         return asyncio.run(coroutine)
     started: list[asyncio.Task[Result]] = []
 

@@ -1,7 +1,7 @@
 """What a run leaves as its adapter: the last one, or a moving average, whole where devices have parts of it."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class RunAdapter(lightning.Callback):
             ValueError: what is trained is no policy.
         """
         if self._ema is None:
+            if isinstance(module, PolicyTraining):
+                module.averaged = nullcontext  # a run before this one may have left its own
             return
         if not isinstance(module, PolicyTraining):
             raise ValueError(f"callbacks.adapter.ema={self._ema} averages a policy's adapter: leave it null here.")
@@ -89,7 +91,7 @@ class RunAdapter(lightning.Callback):
     def state_dict(self) -> dict[str, Any]:
         """The average, whole; all devices must ask for it."""
         if self._average is None:
-            return self._loaded
+            return {} if self._ema is None else self._loaded  # what goes on without must not come back
         weights: list[torch.Tensor] = self._average.shadow_params
         weights = [weight.full_tensor() if isinstance(weight, DTensor) else weight for weight in weights]
         return {"updates": self._average.optimization_step, "weights": [weight.cpu() for weight in weights]}

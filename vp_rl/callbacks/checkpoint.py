@@ -45,7 +45,7 @@ class RunCheckpoints(Checkpoint):
     Ctrl-C, it exits without: what was learned since the last checkpoint is lost. Of several processes it is enough that
     one is told; as they must agree, sampling is finished then, though nothing is learned from it any more. Where
     Lightning runs a SLURM job with automatic requeueing, its own handler is called after the checkpoint is written, and
-    has the job started again.
+    has the job started again; a job of one process also where time ran out, from its last checkpoint.
     A run that is resumed within an epoch has that epoch's metrics of the second part only. A reward model's run stops
     at the end of epochs only.
 
@@ -156,7 +156,7 @@ class RunCheckpoints(Checkpoint):
             newest = max(self._own(), key=order, default=None)
             kept = f"resume=auto goes on from {newest}" if newest else "there was nothing to keep yet"
             log.warning("stopped by %s; %s", exception.signal.name, kept)
-        if self._alone and not self._left:
+        if self._alone and not self._left and exception.signal == self._asked:  # not by a Ctrl-C after it
             self._leave()
 
     def on_fit_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -250,6 +250,8 @@ class RunCheckpoints(Checkpoint):
             return  # Python allows it nowhere else
         for signum in signals:
             before = signal.signal(signum, self._hear)
+            while isinstance(owner := getattr(before, "__self__", None), RunCheckpoints) and not owner._running:
+                before = owner._replaced.get(signum)  # of a run before this one, in the same process
             if before != self._hear:  # the second time it is Lightning's for SIGTERM, which stops after any batch
                 self._replaced.setdefault(signum, before)
 

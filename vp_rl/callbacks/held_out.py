@@ -5,6 +5,7 @@ import logging
 import re
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ class HeldOutEvaluation(lightning.Callback):
         """The full comparison, and everything a user takes away from the run."""
         assert isinstance(module, PolicyTraining)
         seconds, folder = self._elapsed(), Path(trainer.default_root_dir)
-        with module.averaged() if self._best is None else self._best.on(module.policy):
+        with module.averaged(), nullcontext() if self._best is None else self._best.on(module.policy):
             if trainer.is_global_zero:
                 (folder / "adapter").mkdir(parents=True, exist_ok=True)
                 module.policy.save_adapter(folder / "adapter")  # first: it survives whatever goes wrong below

@@ -14,9 +14,10 @@ from vp_rl.types import ASPECTS, Answer, Aspect, Rating, Usage
 from vp_rl.visionprefer.annotate import rate_all
 from vp_rl.visionprefer.generate import as_png
 
-_AT_ONCE = 64  # prompts whose images are encoded and wait to be sent
+_AT_ONCE = 64  # prompts whose images are encoded and wait to be sent, or more where as many are asked about
 
 Pixels = UInt8[np.ndarray, "images height width 3"]
+Picture = UInt8[np.ndarray, "height width 3"]
 Rated = list[list[Rating]]
 """Of a prompt's images, each in the order of `ASPECTS`."""
 
@@ -53,7 +54,7 @@ class _Counted(Annotator):
 
 
 def rate(
-    judge: Annotator, prompts: Sequence[str], shown: Sequence[Pixels], store: Store, *, quiet: bool = True
+    judge: Annotator, prompts: Sequence[str], shown: Sequence[Sequence[Picture]], store: Store, *, quiet: bool = True
 ) -> tuple[list[Rated], Asked]:
     """The judge's ratings, and what they took. Each prompt's are kept as soon as they are there.
 
@@ -72,7 +73,8 @@ def rate(
     missing = [place for place, key in enumerate(keys) if key not in found]
     counted = _Counted(judge)
     with tqdm(total=len(missing), desc=f"asking {judge.name}", unit="prompt", mininterval=2, disable=quiet) as bar:
-        for some in (missing[i : i + _AT_ONCE] for i in range(0, len(missing), _AT_ONCE)):
+        size = max(_AT_ONCE, 8 * judge.concurrency)  # the slowest of them all is waited for
+        for some in (missing[i : i + size] for i in range(0, len(missing), size)):
 
             def keep(place: int, ratings: dict[Aspect, list[Rating]], some: list[int] = some) -> None:
                 by_image = [list(each) for each in zip(*(ratings[aspect] for aspect in ASPECTS), strict=True)]

@@ -96,6 +96,11 @@ def write_page(
         raise ValueError(
             f"'{folder}' has a page of other images or questions, and its answers need its key: move the folder away."
         )
+    if (folder / KEY).is_file():
+        raise ValueError(
+            f"'{folder}' has the key of a page that is no longer there, and its answers need it: put {PAGE} back, or "
+            "move the key away."
+        )
     pictures, size = _fit(base, tuned, rows)
     text, key = _draw(base, tuned, rows[: len(pictures)], pictures, guidelines, rng or secrets.SystemRandom())
     key = Key(key.study, content, key.aspects, key.pairs)

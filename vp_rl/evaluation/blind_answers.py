@@ -82,7 +82,10 @@ def read_answers(files: Iterable[Path], key: Key) -> list[Vote]:
         own = _read(file, key, asked)
         voter = own[0].voter
         if voter in owners:
-            raise ValueError(f"'{owners[voter]}' and '{file}' are both by {voter!r}: give the later one alone.")
+            raise ValueError(
+                f"'{owners[voter]}' and '{file}' are both by {voter!r}: give the later one alone; "
+                'or, of two people, change "voter" in one of them.'
+            )
         owners[voter] = file
         votes += own
     if not votes:

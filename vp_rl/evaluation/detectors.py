@@ -112,8 +112,8 @@ class ZeroShotDetector(Detector):
         super().__init__()
         if dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"detector.dtype={dtype!r} must be float32, float16 or bfloat16.")
-        if "{name}" not in query:
-            raise ValueError(f"detector.query={query!r} must have {{name}} where the class stands.")
+        if query.count("{") != 1 or "{name}" not in query:
+            raise ValueError(f"detector.query={query!r} must have {{name}}, for the class, and no other braces.")
         self.limits = Limits(threshold, counting_threshold, max_overlap)
         self.clip, self.palette = clip, tuple(palette)
         self._query, self._prototypes = query, dict[str, Tensor]()

@@ -107,13 +107,19 @@ def cmmd(one: Rows, other: Others) -> float:
 
 
 @torch.no_grad()
+def sees_whole(encoder: Encoder, device: torch.device) -> bool:
+    """Whether it gives one vector for an image, as CLIP does, and not one for each of its patches, as BLIP's does."""
+    return encoder.look(torch.zeros(1, 3, 64, 64, device=device)).ndim == 2
+
+
+@torch.no_grad()
 def encode(encoder: Encoder, images: Iterable[np.ndarray], device: torch.device) -> Rows:
     """The features of images of any sizes, of 8 bits a colour."""
     found = []
     for _, alike in groupby(images, lambda image: image.shape):
         for some in _batches(alike):
             pixels = torch.from_numpy(np.stack(some)).to(device).permute(0, 3, 1, 2).float() / 255
-            found.append(encoder.look(pixels).float().flatten(1).cpu())
+            found.append(encoder.look(pixels).float().cpu())
     return torch.cat(found)
 
 

@@ -42,10 +42,10 @@ def duels(
     Args:
         judge: who is shown the pairs.
         base, tuned: the same prompts and seeds before and after.
-        store: where each answer is kept as it comes.
+        store: where the answers on a pair are kept as soon as all four are there.
         quiet: no progress bar.
     """
-    pairs = list(np.stack([base.images, tuned.images], 1))
+    pairs = list(zip(base.images, tuned.images, strict=True))
     straight, asked = rate(judge, base.prompts, pairs, store, quiet=quiet)
     turned, more = rate(judge, base.prompts, [pair[::-1] for pair in pairs], store, quiet=quiet)
     one, other = _gain(straight), -_gain(turned)

@@ -2,7 +2,9 @@
 
 Rules as in djghosh13/geneval at 16f1681, evaluation/evaluate_images.py: the surest objects of a class are taken, as
 many as are asked for; they must have the colour, and each must stand in the relation to each of the other clause's; of
-a class that must not be there so often, all are counted. What detects is a `Detector`; everything else here is pure.
+a class that must not be there so often, all are counted. Two things differ: overlapping boxes go before the surest 16
+are taken, there after; and areas are without its one more pixel a side. What detects is a `Detector`; everything else
+here is pure.
 """
 
 from abc import ABC, abstractmethod

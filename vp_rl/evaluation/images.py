@@ -305,7 +305,7 @@ class Evaluator:
         self, prompts: Sequence[str], pixels: Pixels, kept: Kept
     ) -> tuple[np.ndarray, list[tuple[str, ...]], Asked]:
         each = len(self.seeds)
-        shown = [pixels[i * each : (i + 1) * each] for i in range(len(prompts))]
+        shown = [list(pixels[i * each : (i + 1) * each]) for i in range(len(prompts))]
         rated, asked = rate(self.annotator, prompts, shown, kept.store)
         by_image = [image for row in rated for image in row]
         ratings = np.array([[rating.rating for rating in image] for image in by_image])

@@ -4,7 +4,7 @@ None of them is good or bad by itself. A policy that paints everything in one st
 shows it here before a judge of single images does.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -119,9 +119,9 @@ def _distances(features: np.ndarray) -> np.ndarray:
     return torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").numpy()
 
 
-def _parts(images: np.ndarray) -> list[Tensor]:
+def _parts(images: np.ndarray) -> Iterator[Tensor]:
     starts = range(0, len(images), _AT_ONCE)
-    return [torch.from_numpy(images[i : i + _AT_ONCE]).permute(0, 3, 1, 2).float() / 255 for i in starts]
+    return (torch.from_numpy(images[i : i + _AT_ONCE]).permute(0, 3, 1, 2).float() / 255 for i in starts)
 
 
 def _coarse(images: Tensor) -> Tensor:

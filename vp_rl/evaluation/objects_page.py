@@ -51,7 +51,7 @@ def write(
     parts = ["# Objects that were asked for", *map(escape, about), as_markdown(scores)]
     (folder / "objects.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     page = PAGES.get_template("objects.html").render(
-        title=folder.parent.name,
+        title=folder.resolve().parent.name,
         prompts=len(set(base.prompts)),
         images=len(base.prompts),
         about=about,
@@ -77,11 +77,14 @@ def as_markdown(scores: Mapping[str, Score]) -> Markdown:
 
 
 def _rows(scores: Mapping[str, Score]) -> dict[str, Row]:
-    """In bars of one scale. One prompt alone has no interval, so nothing is clear of it."""
+    """In bars of one scale. One prompt alone has no interval, so nothing is clear of it; nor of tasks with one each."""
+    few = min(score.prompts for score in scores.values()) < 2
     peers = [score.change for score in scores.values()]
     rows = {name: row("correct", score.change, peers, TASK_NAMES[name]) for name, score in scores.items()}
     return {
-        name: each if scores[name].prompts > 1 else each._replace(interval="–", direction="even")
+        name: each._replace(interval="–", direction="even")
+        if scores[name].prompts < 2 or (few and name == OVERALL)
+        else each
         for name, each in rows.items()
     }
 

@@ -115,7 +115,7 @@ def _over_optimised(history: Sequence[Moment], reward: str) -> list[Sign]:
         if fell[2] >= 0 or rose[0] <= 0:
             continue
         words = (
-            f"Since epoch {best.epoch} {reward} went {rose[0]:+.2g} while {_name(name)} went {fell[0]:+.2g} "
+            f"Since about epoch {best.epoch} {reward} went {rose[0]:+.2g} while {_name(name)} went {fell[0]:+.2g} "
             f"(99% interval {fell[1]:+.2g} to {fell[2]:+.2g}): likely over-optimised; "
         )
         end = "the untrained model is the best by it." if best.epoch == 0 else f"the best by it is epoch {best.epoch}."

@@ -9,6 +9,8 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+_OF_DEVICES = ("GPU", "gpu backend", "devices", "accelerator is not available", "DeepSpeed")
+
 
 def check_devices(settings: Mapping[str, Any], make: Callable[[], lightning.Trainer]) -> None:
     """Has Lightning look for what `trainer` asks for.
@@ -26,7 +28,12 @@ def check_devices(settings: Mapping[str, Any], make: Callable[[], lightning.Trai
         found = error if isinstance(error, MisconfigurationException) else error.__cause__
         if not isinstance(found, MisconfigurationException):
             raise
-        raise ValueError(_unavailable(settings["trainer"], " ".join(str(found).split()))) from error
+        said = " ".join(str(found).split())
+        if "DeepSpeed" in said and CUDAAccelerator.is_available():
+            raise ValueError(f"{said} Or take trainer=ddp.") from error
+        if not any(word in said for word in _OF_DEVICES):
+            raise  # of another setting, which it names
+        raise ValueError(_unavailable(settings["trainer"], said)) from error
     if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy.accelerator, CUDAAccelerator):
         raise ValueError(_unavailable(settings["trainer"], "DeepSpeed works on CUDA GPUs alone."))
 

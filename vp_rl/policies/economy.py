@@ -10,7 +10,7 @@ _CHOICES = {
     "text_encoders": ("device", "visit", "cpu"),
     "quantize": (None, "8bit", "4bit"),
 }
-_VARIANTS = 64  # of one compiled block: sizes in a U-Net x with and without gradients x adapter on, off, merged
+_VARIANTS = 256  # of all compiled blocks together: kinds x sizes x with and without gradients x adapter on, off, merged
 
 
 @dataclass(frozen=True)

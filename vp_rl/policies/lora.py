@@ -72,7 +72,8 @@ class Adapter:
                 raise ValueError(f"The LoRA settings do not fit this {_NAMES[component]}: {error}") from error
             cast_training_params(denoiser, dtype=torch.float32)
             for layer in denoiser.modules():
-                if type(layer) is Linear and type(layer.base_layer) is nn.Linear and not layer.lora_variant:
+                plain = type(layer) is Linear and type(layer.base_layer) is nn.Linear
+                if plain and not _special(layer):
                     layer.__class__ = _Linear
 
     @contextmanager
@@ -105,7 +106,7 @@ class Adapter:
         frozen = [layer.get_base_layer().weight for layer in layers]
         rounding = rounding or any(weight.dtype != torch.float32 for weight in frozen)  # quantised ones are integers
         sharded = any(isinstance(weight, DTensor) for weight in frozen)  # by FSDP2, which gathers them layer by layer
-        if not self._on or rounding or sharded or any(layer.lora_variant for layer in layers):
+        if not self._on or rounding or sharded or any(map(_special, layers)):
             yield
             return
         before = [weight.data for weight in frozen]
@@ -197,6 +198,11 @@ class Adapter:
         stabilised = settings.get("use_rslora", False)
         if stabilised != own.use_rslora:
             raise ValueError(f"{shown} would be scaled otherwise here: set policy.lora.use_rslora={stabilised}.")
+
+
+def _special(layer: LoraLayer) -> bool:
+    """Whether its output is more than frozen(x) + scaling B A x: DoRA's, or one with biases."""
+    return bool(layer.lora_variant) or layer.lora_bias["default"]
 
 
 def _ranks(state: Mapping[str, Tensor]) -> list[int]:
