@@ -39,9 +39,9 @@ class Paid(BrightnessJudge):
         return answer._replace(usage=Usage(100 * len(images), 10, 0.5))
 
 
-def shown(number: int, each: int = 2) -> tuple[list[str], list[np.ndarray]]:
+def shown(number: int, each: int = 2) -> tuple[list[str], list[list[np.ndarray]]]:
     images = np.random.default_rng(0).integers(0, 256, (number, each, 8, 8, 3), dtype=np.uint8)
-    return [f"prompt {place}" for place in range(number)], list(images)
+    return [f"prompt {place}" for place in range(number)], [list(some) for some in images]
 
 
 def test_the_bill_counts_what_was_asked_and_what_was_known(tmp_path: Path) -> None:

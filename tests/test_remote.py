@@ -205,6 +205,7 @@ def test_nothing_is_computed_for_clients_that_left() -> None:
         assert reward.entered.wait(10)
         with pytest.raises(ConnectionError):
             RemoteReward(server.url, timeout=0.2, patience=0)(images(2), ["a"] * 2)
+        time.sleep(1)  # until the server has noticed
         reward.may.set()
         first.result()
         assert RemoteReward(server.url)(images(3), ["a"] * 3).shape == (3,)

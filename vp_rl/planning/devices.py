@@ -9,7 +9,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator, MPSAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-_OF_DEVICES = ("GPU", "gpu backend", "devices", "accelerator is not available", "DeepSpeed")
+_OF_DEVICES = ("GPU", "gpu backend", "machine only has", "devices", "accelerator is not available", "DeepSpeed")
 
 
 def check_devices(settings: Mapping[str, Any], make: Callable[[], lightning.Trainer]) -> None:
