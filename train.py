@@ -61,13 +61,12 @@ def run(config: DictConfig) -> float | None:
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
-    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
-    check_devices(settings, lambda: instantiate(config.trainer, logger=False, enable_checkpointing=False))
+    check_devices(config.trainer, lambda: instantiate(config.trainer, logger=False, enable_checkpointing=False))
     planned = _planned(config)
     if config.dry_run:
         return None
     data = instantiate(config.data)
-    settings = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     checkpoint = _checkpoint(config.resume or ("auto" if _is_job() else None), folder, settings)
     algorithm = planned or instantiate(config.algorithm)
     trainer: lightning.Trainer = instantiate(

@@ -1,7 +1,6 @@
 """A run's adapter against its base model: what `python scripts/evaluate.py images` does."""
 
 import logging
-import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -11,17 +10,16 @@ from typing import Any
 import hydra
 import torch
 from evaluate_blind import ask, check  # these lie beside this file
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from run_settings import TRAINING, device_of, find, names_in, plain_errors, said, sampler_of, with_given
+from run_settings import command, device_of, find, images_by, names_in, plain_errors, said, sampler_of, with_given
 from tqdm import tqdm
 
 from vp_rl.evaluation.conclusion import ALONE, PAIRS, conclude, publish
 from vp_rl.evaluation.distances import Encoder, distances, images_in, sees_whole
 from vp_rl.evaluation.duel import duels
 from vp_rl.evaluation.images import Evaluation, Evaluator
-from vp_rl.evaluation.settings import override, publishable
+from vp_rl.evaluation.settings import publishable
 from vp_rl.evaluation.store import Kept, Store, fingerprint
 from vp_rl.interfaces import Policy, Reward
 
@@ -87,7 +85,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     rewards = {"reward": fingerprint(reward, said(whole.reward))}
     for name, each in evaluator.panel.items():
         rewards[name] = fingerprint(each.eval(), said(whole.evaluation.panel[name]))
-    settings = f"{said(whole.policy, TRAINING)} {torch.device(device).type}"
+    settings = images_by(whole.policy, device)
     frozen = fingerprint(policy, settings, trained=False)
     with policy.reference():
         base = _run(evaluator, policy, reward, Kept(store, frozen, frozen, rewards), "base model")
@@ -108,7 +106,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     seconds["comparison"] = time.monotonic() - made
     more = {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
     done = conclude(evaluator, base, tuned, asked=asked, **found)
-    written = publish(done, folder, evaluator, seconds, more, command=_command())
+    written = publish(done, folder, evaluator, seconds, more, command=command("images"))
     if config.blind.pairs:
         ask(folder / "blind", base, tuned, config.blind.pairs, list(config.blind.aspects))
     return written
@@ -153,9 +151,3 @@ def _run(evaluator: Evaluator, policy: Policy, reward: Reward, kept: Kept, what:
     total, quiet = len(evaluator.prompts) * len(evaluator.seeds), not sys.stderr.isatty()
     with tqdm(total=total, desc=f"images, {what}", unit="img", disable=quiet) as bar:
         return evaluator.evaluate(policy, reward, on_batch=bar.update, kept=kept)
-
-
-def _command() -> str:
-    """Repeats the evaluation; empty where Hydra has not started it."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return shlex.join(["python", "scripts/evaluate.py", "images", *map(override, given)]) if given else ""

@@ -1,24 +1,20 @@
 """Are the right objects in the images of a run's adapter? What `python scripts/evaluate.py objects` does."""
 
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import hydra
-import torch
-from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from run_settings import TRAINING, device_of, find, plain_errors, said, sampler_of, with_given
+from run_settings import command, device_of, find, images_by, plain_errors, said, sampler_of, with_given
 from tqdm import tqdm
 
 from vp_rl.evaluation.geneval import Detector
 from vp_rl.evaluation.images import Evaluator
 from vp_rl.evaluation.objects import Checked, Score, Unasked, compare_tasks, examine_all
 from vp_rl.evaluation.objects_page import as_markdown, write
-from vp_rl.evaluation.settings import override
 from vp_rl.evaluation.store import Kept, Store, fingerprint
 from vp_rl.interfaces import Policy
 from vp_rl.visionprefer.object_prompts import ObjectPrompts
@@ -72,7 +68,7 @@ def evaluate(config: DictConfig) -> dict[str, Score]:
     policy: Policy = instantiate(node).to(device)
     policy.load_adapter(adapter)
     store = Store(None if config.cache is None else Path(config.cache))
-    settings = f"{said(node, TRAINING)} {torch.device(device).type}"  # as `evaluate.py images` keeps images
+    settings = images_by(node, device)
     frozen = fingerprint(policy, settings, trained=False)
 
     def side(kept: Kept, what: str) -> Checked:
@@ -90,7 +86,7 @@ def evaluate(config: DictConfig) -> dict[str, Score]:
     scores = compare_tasks(base, tuned)
     called = str(config.detector.get("model", type(detector).__name__))
     about = [_ABOUT.format(detector=Path(called).name), *filter(None, [source.note])]
-    page = write(Path(config.folder), base, tuned, scores, about=about, command=_command())
+    page = write(Path(config.folder), base, tuned, scores, about=about, command=command("objects", added="++"))
     print(f"{as_markdown(scores)}\n\nReport: {page}")
     return scores
 
@@ -100,10 +96,3 @@ def complete(config: DictConfig) -> tuple[Path, Any, dict[str, Any]]:
     adapter, run = find(Path(config.adapter))
     policy = with_given(run, "policy", config.get("policy"), config.adapter)
     return adapter, policy, sampler_of(run, config.sampler)
-
-
-def _command() -> str:
-    """Repeats the evaluation; empty where Hydra has not started it."""
-    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    said = (override(each.removeprefix("++")) for each in given)
-    return shlex.join(["python", "scripts/evaluate.py", "objects", *said]) if given else ""

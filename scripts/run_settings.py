@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vp_rl.evaluation.settings import override
 from vp_rl.interfaces import Unanswered
 
-TRAINING = ("lora", "gradient_checkpointing")
-"""Of a policy's settings: what changes nothing in the base's images."""
+_TRAINING = ("lora", "gradient_checkpointing")  # of a policy's settings: what changes nothing in the base's images
 
 
 @contextmanager
@@ -94,6 +96,28 @@ def sampler_of(run: Any, given: Any) -> dict[str, Any]:
 def device_of(name: str) -> str:
     """`auto` is the GPU where there is one."""
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+
+
+def command(what: str, added: str = "") -> str:
+    """Repeats the running command of evaluate.py, fit to be passed on; empty where Hydra has not started it.
+
+    Args:
+        what: the command's name.
+        added: what `expand` has put before some of its overrides.
+    """
+    given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
+    shown = (override(each.removeprefix(added)) for each in given)
+    return shlex.join(["python", "scripts/evaluate.py", what, *shown]) if given else ""
+
+
+def images_by(policy: Any, device: str) -> str:
+    """What, beside the weights, a policy's images are kept by, whichever command has made them.
+
+    Args:
+        policy: its node.
+        device: where they are made.
+    """
+    return f"{said(policy, _TRAINING)} {torch.device(device).type}"
 
 
 def said(node: Any, without: Sequence[str] = ()) -> str:

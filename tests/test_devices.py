@@ -15,7 +15,7 @@ from vp_rl.policies.pipelines import Source, load_pipeline
 def check(**asked: Any) -> None:
     """As `train.py` does it, where Hydra wraps what Lightning says."""
     node = {"_target_": "lightning.Trainer", "logger": False, "enable_checkpointing": False, **asked}
-    check_devices({"trainer": asked}, lambda: instantiate(node))
+    check_devices(asked, lambda: instantiate(node))
 
 
 def gpus(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,7 +59,7 @@ def test_what_is_no_matter_of_devices_is_not_called_one() -> None:
         raise KeyError("typo")
 
     with pytest.raises(KeyError, match="typo"):
-        check_devices({"trainer": {}}, make)
+        check_devices({}, make)
 
 
 def test_deepspeed_is_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

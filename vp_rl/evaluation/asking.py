@@ -16,7 +16,6 @@ from vp_rl.visionprefer.generate import as_png
 
 _AT_ONCE = 64  # prompts whose images are encoded and wait to be sent, or more where as many are asked about
 
-Pixels = UInt8[np.ndarray, "images height width 3"]
 Picture = UInt8[np.ndarray, "height width 3"]
 Rated = list[list[Rating]]
 """Of a prompt's images, each in the order of `ASPECTS`."""

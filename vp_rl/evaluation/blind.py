@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 import secrets
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 from markdown_it import MarkdownIt
 from PIL import Image
 
+from vp_rl.evaluation.categories import in_turn
 from vp_rl.evaluation.images import Evaluation
 from vp_rl.evaluation.report import PAGES, embed
 from vp_rl.evaluation.store import same_pixels
@@ -90,24 +90,24 @@ def write_page(
     said = [[same_pixels(side.images[row]) for side in (base, tuned)] + [base.prompts[row]] for row in rows]
     content = hashlib.sha256(json.dumps([said, dict(guidelines)]).encode()).hexdigest()
     page = folder / PAGE
-    if (folder / KEY).is_file() and page.is_file():
+    if (folder / KEY).is_file():
+        if not page.is_file():
+            raise ValueError(
+                f"'{folder}' has the key of a page that is no longer there, and its answers need it: put {PAGE} back, "
+                "or move the key away."
+            )
         if read_key(folder).content == content:
             return page
         raise ValueError(
             f"'{folder}' has a page of other images or questions, and its answers need its key: move the folder away."
         )
-    if (folder / KEY).is_file():
-        raise ValueError(
-            f"'{folder}' has the key of a page that is no longer there, and its answers need it: put {PAGE} back, or "
-            "move the key away."
-        )
     pictures, size = _fit(base, tuned, rows)
-    text, key = _draw(base, tuned, rows[: len(pictures)], pictures, guidelines, rng or secrets.SystemRandom())
-    key = Key(key.study, content, key.aspects, key.pairs)
+    study, pairs_told, compared = _draw(base, tuned, rows[: len(pictures)], pictures, rng or secrets.SystemRandom())
+    key = Key(study, content, list(guidelines), compared)
     markdown = MarkdownIt("commonmark", {"html": False})
     whole = max(base.images.shape[1:3])
     rendered = _PAGES.get_template("blind.html").render(
-        data=text,
+        data={"study": study, "aspects": key.aspects, "pairs": pairs_told},
         overall=OVERALL,
         guidelines={aspect: markdown.render(words) for aspect, words in guidelines.items()},
         note=f"Images are shown at {size} of {whole} pixels. " if size < whole else "",
@@ -147,11 +147,8 @@ class _Pictures(NamedTuple):
 
 def _choose(base: Evaluation, pairs: int) -> list[int]:
     """One image of each prompt, by chance, then another of each, and so on."""
-    order, before, turns = np.random.default_rng(0).permutation(len(base.prompts)).tolist(), Counter(), {}
-    for row in order:
-        turns[row] = before[base.prompts[row]]
-        before[base.prompts[row]] += 1
-    return sorted(order, key=turns.__getitem__)[:pairs]
+    order = np.random.default_rng(0).permutation(len(base.prompts)).tolist()
+    return in_turn(order, base.prompts)[:pairs]
 
 
 def _fit(base: Evaluation, tuned: Evaluation, rows: Sequence[int]) -> tuple[list[_Pictures], int]:
@@ -177,10 +174,9 @@ def _draw(
     tuned: Evaluation,
     rows: Sequence[int],
     pictures: Sequence[_Pictures],
-    guidelines: Mapping[str, str],
     rng: random.Random,
-) -> tuple[dict[str, Any], Key]:
-    """What the page is told, and what the key knows besides."""
+) -> tuple[str, list[dict[str, Any]], list[Compared]]:
+    """The study's name, what the page is told of each pair, and what the key knows besides."""
     order = list(range(len(rows)))
     rng.shuffle(order)
     half = len(rows) // 2 + (rng.randrange(2) if len(rows) % 2 else 0)
@@ -195,8 +191,7 @@ def _draw(
         own = names[::-1] if turned else names
         judged = {name: side.ratings[row].tolist() for name, side in zip(own, (base, tuned), strict=True)}
         known.append(Compared(base.prompts[row], base.seeds[row], *own, judged=judged))
-    told = {"study": study, "aspects": list(guidelines), "pairs": shown}
-    return told, Key(study, "", list(guidelines), known)
+    return study, shown, known
 
 
 def _name(rng: random.Random) -> str:

@@ -1,6 +1,7 @@
 """Where a policy got better and where worse: the comparison by category of prompts."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -21,3 +22,18 @@ def by_category(base: Evaluation, tuned: Evaluation, categories: Mapping[str, st
     names = np.array([categories.get(prompt, "") for prompt in base.prompts])
     chosen = {str(name): np.flatnonzero(names == name) for name in dict.fromkeys(names) if name}
     return {name: compare_metrics(base.rows(rows), tuned.rows(rows)) for name, rows in sorted(chosen.items())}
+
+
+def in_turn(places: Sequence[int], groups: Sequence[str]) -> list[int]:
+    """One of each group, then another of each, and so on; else in the order that they come in.
+
+    Args:
+        places: in `groups`.
+        groups: which one each place is of.
+    """
+    before: Counter[str] = Counter()
+    turns = {}
+    for place in places:
+        turns[place] = before[groups[place]]
+        before[groups[place]] += 1
+    return sorted(places, key=turns.__getitem__)

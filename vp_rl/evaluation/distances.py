@@ -20,7 +20,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from vp_rl.evaluation.asking import Pixels
+from vp_rl.evaluation.looks import Pixels
 
 _SIGMA, _SCALE = 10.0, 1000.0
 _AT_ONCE = 64  # images; rows of the kernel are a multiple of it

@@ -58,7 +58,7 @@ def repetition(grey: Float[Tensor, "images height width"]) -> Float[Tensor, " im
     down, across = height // 2, width // 2
     size = (height + down, width + across)  # so that nothing that is shifted out comes in at the other side
     image = grey.double() - grey.double().mean((1, 2), keepdim=True)
-    one, square, ones = (torch.fft.rfft2(each, s=size) for each in (image, image.square(), torch.ones_like(image)))
+    one, square, ones = (torch.fft.rfft2(each, s=size) for each in (image, image.square(), torch.ones_like(image[:1])))
 
     def correlate(still: Tensor, shifted: Tensor) -> Tensor:
         whole = torch.fft.irfft2(still.conj() * shifted, s=size)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vp_rl.evaluation.categories import in_turn
 from vp_rl.evaluation.geneval import Found
 from vp_rl.evaluation.objects import OVERALL, Checked, Score
 from vp_rl.evaluation.report import PAGES, Row, embed, row
@@ -106,6 +107,7 @@ def _lines(base: Checked, tuned: Checked) -> Iterator[dict[str, Any]]:
 
 def _galleries(base: Checked, tuned: Checked) -> dict[str, list[dict[str, Any]]]:
     """What went wrong first; tasks in turn, so that none fills a gallery alone."""
+    tasks = [wanted.task for wanted in base.wanted]
     was, now = base.correct == 1, tuned.correct == 1
     kinds = {
         "Right before, wrong now": was & ~now,
@@ -114,20 +116,10 @@ def _galleries(base: Checked, tuned: Checked) -> dict[str, list[dict[str, Any]]]
     }
     return {
         f"{title}: {int(chosen.sum())} of {len(chosen)} images": [
-            _card(base, tuned, place) for place in _in_turn(base, np.flatnonzero(chosen).tolist())
+            _card(base, tuned, place) for place in in_turn(np.flatnonzero(chosen).tolist(), tasks)[:_CARDS]
         ]
         for title, chosen in kinds.items()
     }
-
-
-def _in_turn(checked: Checked, places: Sequence[int]) -> list[int]:
-    turns: Counter[str] = Counter()
-    order = []
-    for place in places:
-        task = checked.wanted[place].task
-        order.append((turns[task], place))
-        turns[task] += 1
-    return [place for _, place in sorted(order)[:_CARDS]]
 
 
 def _card(base: Checked, tuned: Checked, place: int) -> dict[str, Any]:

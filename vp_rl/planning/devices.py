@@ -12,11 +12,11 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 _OF_DEVICES = ("GPU", "gpu backend", "machine only has", "devices", "accelerator is not available", "DeepSpeed")
 
 
-def check_devices(settings: Mapping[str, Any], make: Callable[[], lightning.Trainer]) -> None:
+def check_devices(trainer: Mapping[str, Any], make: Callable[[], lightning.Trainer]) -> None:
     """Has Lightning look for what `trainer` asks for.
 
     Args:
-        settings: the run's.
+        trainer: the run's settings of it.
         make: the trainer, without callbacks and loggers; what it raises may have Lightning's word as its cause.
 
     Raises:
@@ -33,9 +33,9 @@ def check_devices(settings: Mapping[str, Any], make: Callable[[], lightning.Trai
             raise ValueError(f"{said} Or take trainer=ddp.") from error
         if not any(word in said for word in _OF_DEVICES):
             raise  # of another setting, which it names
-        raise ValueError(_unavailable(settings["trainer"], said)) from error
+        raise ValueError(_unavailable(trainer, said)) from error
     if isinstance(strategy, DeepSpeedStrategy) and not isinstance(strategy.accelerator, CUDAAccelerator):
-        raise ValueError(_unavailable(settings["trainer"], "DeepSpeed works on CUDA GPUs alone."))
+        raise ValueError(_unavailable(trainer, "DeepSpeed works on CUDA GPUs alone."))
 
 
 def _unavailable(trainer: Mapping[str, Any], why: str) -> str:

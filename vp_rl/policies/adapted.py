@@ -62,8 +62,8 @@ class AdaptedPolicy(Policy):
         self.requires_grad_(False)
         self.eval()
         economy.arrange(denoiser, self.vae)
-        keep_norms(denoiser, denoiser.dtype)
-        keep_norms(self.vae, self.vae.dtype)
+        keep_norms(denoiser)
+        keep_norms(self.vae)
         self.adapter = Adapter(denoiser, lora, component, type(pipeline))
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()

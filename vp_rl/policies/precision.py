@@ -4,17 +4,19 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 _NORMS = (nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 
 
-def keep_norms(model: nn.Module, dtype: torch.dtype) -> None:
+def keep_norms(model: ModelMixin) -> None:
     """Normalisation of a model in half precision gives half precision under autocast, too, as it does without.
 
     Autocast would have it in float32: twice the memory and its traffic, for numbers that the next layer rounds at
     once. Sums inside these layers are in float32 in any case.
     """
+    dtype = model.dtype
     if dtype == torch.float32:
         return
     for module in model.modules():
