@@ -25,6 +25,7 @@ from vp_rl.types import ASPECTS
 
 ROOT = Path(__file__).parents[1]
 PROMPTS, IMAGES, EPOCHS = 900, 6, 5  # of training VP-Score: a quarter of what the shipped one has seen
+REFL_EPOCHS = 16  # half of the experiment's: 24 models are tuned by ReFL
 SHARES = {"1_8": 0.125, "1_4": 0.25, "1_2": 0.5}
 NOISES = {"30": 0.3, "60": 0.6}
 WITHOUT = {f"without_{aspect}": "+".join(other for other in ASPECTS if other != aspect) for aspect in ASPECTS}
@@ -47,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("outputs/paper"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at once, of one thread each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at once; of one thread each, unless there are fewer")
     parser.add_argument("--list", action="store_true", help="show the jobs and run none")
     parser.add_argument("--page", action="store_true", help="only write the page, of what there is")
     given = parser.parse_args()
@@ -122,7 +123,9 @@ def policies(folder: Path, seed: int) -> Iterator[Job]:
     checkpoint = "reward.checkpoint={}/reward-{}-{}/vp_score".format
     against = {f"refl-{name}": ("refl_vpscore", checkpoint(folder, name, seed)) for name in JUDGED}
     clip = ("reward=tiny_clip", "algorithm.target=1000")  # what target would be the same as VP-Score's, nobody knows
-    against |= {"refl-clip": ("refl_vpscore", *clip), "ddpo-all": ("ddpo_vpscore", checkpoint(folder, "all", seed))}
+    against["refl-clip"] = ("refl_vpscore", *clip)
+    against = {name: (*settings, f"trainer.max_epochs={REFL_EPOCHS}") for name, settings in against.items()}
+    against["ddpo-all"] = ("ddpo_vpscore", checkpoint(folder, "all", seed))
     for name, (experiment, *settings) in against.items():
         own = folder / f"{name}-{seed}"
         judged = (
@@ -161,7 +164,8 @@ def run(folder: Path, seeds: Sequence[int], at_once: int) -> None:
         for stage in jobs:
             if any(job.result.parent.name.startswith("data-") for job in stage):
                 share_images(folder)
-            running = {job: pool.submit(do, job, folder) for job in stage}
+            threads = max(1, at_once // len(stage))
+            running = {job: pool.submit(do, job, folder, threads) for job in stage}
             for job, future in running.items():
                 progress.update(bar, description=job.name)
                 future.add_done_callback(lambda _: progress.advance(bar))
@@ -188,11 +192,11 @@ def share_images(folder: Path) -> None:
             unfinished.rename(work)
 
 
-def do(job: Job, folder: Path) -> int:
+def do(job: Job, folder: Path, threads: int = 1) -> int:
     """Runs one job, unless it is done; its exit code."""
     if job.result.exists():
         return 0
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with (folder / f"{job.name}.log").open("w") as log:
         return subprocess.run(
             (sys.executable, *job.command), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
