@@ -24,8 +24,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vp_rl.types import ASPECTS
 
 ROOT = Path(__file__).parents[1]
-PROMPTS, IMAGES, EPOCHS = 900, 6, 5  # of training VP-Score: a quarter of what the shipped one has seen
-REFL_EPOCHS = 16  # half of the experiment's: 24 models are tuned by ReFL
+PROMPTS, IMAGES, EPOCHS = 900, 6, 3  # of training VP-Score: a tenth of what the shipped one has seen
+EPOCHS_OF = {"refl_vpscore": 16, "ddpo_vpscore": 10}  # half of the experiments' own: 27 models are tuned
 SHARES = {"1_8": 0.125, "1_4": 0.25, "1_2": 0.5}
 NOISES = {"30": 0.3, "60": 0.6}
 WITHOUT = {f"without_{aspect}": "+".join(other for other in ASPECTS if other != aspect) for aspect in ASPECTS}
@@ -48,7 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("outputs/paper"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at once; of one thread each, unless there are fewer")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="at once; of one thread each, unless there are fewer"
+    )
     parser.add_argument("--list", action="store_true", help="show the jobs and run none")
     parser.add_argument("--page", action="store_true", help="only write the page, of what there is")
     given = parser.parse_args()
@@ -123,16 +125,15 @@ def policies(folder: Path, seed: int) -> Iterator[Job]:
     checkpoint = "reward.checkpoint={}/reward-{}-{}/vp_score".format
     against = {f"refl-{name}": ("refl_vpscore", checkpoint(folder, name, seed)) for name in JUDGED}
     clip = ("reward=tiny_clip", "algorithm.target=1000")  # what target would be the same as VP-Score's, nobody knows
-    against["refl-clip"] = ("refl_vpscore", *clip)
-    against = {name: (*settings, f"trainer.max_epochs={REFL_EPOCHS}") for name, settings in against.items()}
-    against["ddpo-all"] = ("ddpo_vpscore", checkpoint(folder, "all", seed))
+    against |= {"refl-clip": ("refl_vpscore", *clip), "ddpo-all": ("ddpo_vpscore", checkpoint(folder, "all", seed))}
     for name, (experiment, *settings) in against.items():
         own = folder / f"{name}-{seed}"
         judged = (
             "evaluation.seeds=[0,1]",
             *(f"callbacks.held_out.{name}" for name in ("every=1000", "best=null", "patience=null")),
         )
-        fixed = (f"seed={seed}", "resume=auto", f"hydra.run.dir={own}")
+        length = f"trainer.max_epochs={EPOCHS_OF[experiment]}"
+        fixed = (length, f"seed={seed}", "resume=auto", f"hydra.run.dir={own}")
         command = ("train.py", f"experiment={experiment}", *settings, *judged, *fixed)
         yield Job(own.name, command, own / "summary.json")
 

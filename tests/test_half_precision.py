@@ -51,7 +51,8 @@ def test_ddpo_in_bfloat16_reaches_the_reward_of_float32(tmp_path: Path, monkeypa
         for seed in SEEDS:
             folder = tmp_path / f"{precision}-{seed}"
             train(folder, "experiment=ddpo_vpscore", f"seed={seed}", f"trainer.precision={precision}", *SHORT, *more)
-            rows = list(csv.DictReader((folder / "metrics.csv").open()))
+            with (folder / "metrics.csv").open() as file:
+                rows = list(csv.DictReader(file))
             rewards = [float(row["train/reward"]) for row in rows if row.get("train/reward")]
             drifts = [float(row["train/log_prob_drift"]) for row in rows if row.get("train/log_prob_drift")]
             assert max(drifts) < 1e-2
