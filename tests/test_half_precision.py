@@ -12,7 +12,15 @@ from torch import nn
 from torch.nn import functional
 
 SEEDS = range(3)
-SHORT = ("trainer=cpu", "trainer.max_epochs=8", "data.batches_per_epoch=5", "callbacks.held_out=null")
+SHORT = (  # a reward that is learnt in 30 rounds
+    "reward=compressibility",
+    "trainer=cpu",
+    "trainer.max_epochs=6",
+    "data.batches_per_epoch=5",
+    "data.batch_size=4",
+    "algorithm.decay=false",
+    "callbacks.held_out=null",
+)
 
 
 def test_products_on_tensor_cores_are_those_of_the_processor_up_to_rounding() -> None:
@@ -58,6 +66,6 @@ def test_ddpo_in_bfloat16_reaches_the_reward_of_float32(tmp_path: Path, monkeypa
             assert max(drifts) < 1e-2
             last.setdefault(precision, []).append(rewards[-1])
             print(precision, seed, f"reward {rewards[0]:.3f} -> {rewards[-1]:.3f}, drift {max(drifts):.1e}", flush=True)
-            assert rewards[-1] > rewards[0] + 0.1  # or there would be nothing to compare
+            assert rewards[-1] > rewards[0] + 0.2  # kilobytes; or there would be nothing to compare
     exact, half = last["32-true"], last["bf16-mixed"]
     assert abs(mean(half) - mean(exact)) <= max(exact) - min(exact)
