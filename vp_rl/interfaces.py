@@ -42,6 +42,8 @@ class Reward(nn.Module, ABC):
 
     differentiable: bool
     """Whether gradients flow from scores to images; of the class, or of a reward made of others."""
+    elsewhere: bool = False
+    """Whether others than the policy's device do the work, so that images may be sampled meanwhile."""
 
     @abstractmethod
     def forward(self, images: Images, prompts: list[str]) -> Scores:
@@ -159,6 +161,8 @@ class Annotator(ABC):
     """Of its guidelines: with others, questions are new ones."""
     concurrency: int
     """How many questions it likes to be asked at once."""
+    elsewhere: bool = False
+    """Whether others than this process do the work."""
 
     def check(self) -> None:  # noqa: B027  # most have nothing to look for
         """Looks whether it could be asked at all, before anything costly is done; asks nothing.

@@ -28,11 +28,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vp_rl.algorithms.base import EpochLoader, MakeOptimizer, PolicyTraining, PromptBatches, differ
-from vp_rl.algorithms.rounds import Rollout, Share, StepBatch, of_all, own, share_of
+from vp_rl.algorithms.rounds import Rollout, Scoring, Share, StepBatch, of_all, own, share_of
 from vp_rl.functional import clipped_surrogate, group_advantages
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler, log_prob_of, repeat
-from vp_rl.types import Conditioning, Latents, PromptBatch, Steps, take
+from vp_rl.types import Conditioning, Images, Latents, PromptBatch, Scores, Steps, take
 
 _SELF_TEST = 8  # states
 _DRIFT = {False: 1e-4, True: 1e-2}  # between log-probabilities that rounding makes: in float32, in half precision
@@ -192,17 +192,10 @@ class DDPO(PolicyTraining):
         conditioning = self.policy.encode(batch.prompts)
         prompt = torch.arange(len(batch.prompts)).repeat_interleave(len(share.images))
         sample = self._trajectories if self.branch is None else self._branches
-        finished, states = sample(conditioning, prompt, share, *position)
-        sampled = time.monotonic()
-        scores = torch.cat(
-            [
-                self.score(
-                    self.policy.decode(finished[rows].to(self.device)),
-                    [batch.prompts[row] for row in prompt[rows].tolist()],
-                )
-                for rows in _slices(len(prompt), self.sample_batch)
-            ]
-        )
+        with Scoring(self.policy.decode, self._score, self.sample_batch, self.reward.elsewhere) as scoring:
+            states = sample(conditioning, prompt, share, scoring, *position)
+            scores = scoring.result().to(self.device)
+        rolled = time.monotonic() - started
         everyone = of_all(scores.unflatten(0, (len(batch.prompts), -1)), self._sharing)
         self.scores, self._sampled_after = everyone[share.places], self.global_step
         scored = torch.isfinite(everyone).all(1)  # where not, there is no score to stand out from
@@ -217,53 +210,66 @@ class DDPO(PolicyTraining):
                 "train/reward_std": everyone[scored].std().item(),
                 "train/zero_variance_groups": 1 - differ(everyone).float().mean().item(),
                 "train/kl": kl.item(),
-                "train/seconds_sampling": sampled - started,
-                "train/seconds_reward": time.monotonic() - sampled,
+                "train/seconds_sampling": rolled - scoring.seconds,
+                "train/seconds_reward": scoring.seconds,
             }
         )
         return Rollout(states, conditioning, share)
 
+    @torch.no_grad()
+    def _score(self, images: Images, prompts: list[str]) -> Scores:
+        """In any thread: gradients and autocast are a matter of each."""
+        with self.trainer.precision_plugin.forward_context():
+            return self.score(images, prompts)
+
     def _trajectories(
-        self, conditioning: Conditioning, prompt: Tensor, share: Share, *position: int
-    ) -> tuple[Latents, StepBatch]:
-        """Finished latents, and the states sample by sample, each sample with its own choice of steps."""
+        self, conditioning: Conditioning, prompt: Tensor, share: Share, scoring: Scoring, *position: int
+    ) -> StepBatch:
+        """The states sample by sample, each sample with its own choice of steps."""
         noise = self.generators(share.places, share.images, *position)
-        parts = (
-            self.sampler.rollout(self.policy, take(conditioning, prompt[rows]), noise[rows])[:2]
-            for rows in _slices(len(prompt), self.sample_batch)
-        )
-        latents, log_probs = self._stored(parts)
+
+        def parts() -> Iterator[tuple[Latents, Tensor]]:
+            for rows in _slices(len(prompt), self.sample_batch):
+                path = self.sampler.rollout(self.policy, take(conditioning, prompt[rows]), noise[rows])
+                scoring.add(path.latents[:, -1], self._prompts_of(prompt[rows]))
+                yield path.latents, path.log_probs
+
+        latents, log_probs = self._stored(parts())
         chosen = self._shuffled(share, len(self.trained_steps), *position)
         steps = torch.tensor(self.trained_steps)[chosen[:, : self.steps_per_sample]].flatten()
         rows = torch.arange(len(prompt)).repeat_interleave(self.steps_per_sample)
         next_latents, log_probs = latents[rows, steps + 1, None], log_probs[rows, steps, None]
-        states = self._states(latents[rows, steps], next_latents, steps, log_probs, prompt[rows])
-        return latents[:, -1].clone(), states  # a view would keep all of them
+        return self._states(latents[rows, steps], next_latents, steps, log_probs, prompt[rows])
 
     def _branches(
-        self, conditioning: Conditioning, prompt: Tensor, share: Share, *position: int
-    ) -> tuple[Latents, StepBatch]:
-        """Finished latents, and one state for each prompt: where its images part."""
+        self, conditioning: Conditioning, prompt: Tensor, share: Share, scoring: Scoring, *position: int
+    ) -> StepBatch:
+        """One state for each prompt: where its images part."""
         choice = torch.randint(len(self.trained_steps), (1,), generator=self.generator(*position))
         step, each = self.trained_steps[int(choice)], len(share.images)
         prompts = prompt[::each]
         start = self.generators(share.places, [-1], *position)
         noise = self.generators(share.places, share.images, *position)
-        parts = (
-            self.sampler.branch(
-                self.policy,
-                take(conditioning, prompts[rows]),
-                step,
-                each,
-                start[rows],
-                self.sample_batch,
-                noise[rows.start * each : rows.stop * each],
-            )
-            for rows in _slices(len(prompts), max(1, self.sample_batch // each))
-        )
-        latents, next_latents, log_probs, finished = self._stored(parts)
-        states = self._states(latents, next_latents, torch.full_like(prompts, step), log_probs, prompts)
-        return finished.flatten(0, 1), states
+
+        def parts() -> Iterator[tuple[Latents, Latents, Tensor]]:
+            for rows in _slices(len(prompts), max(1, self.sample_batch // each)):
+                found = self.sampler.branch(
+                    self.policy,
+                    take(conditioning, prompts[rows]),
+                    step,
+                    each,
+                    start[rows],
+                    self.sample_batch,
+                    noise[rows.start * each : rows.stop * each],
+                )
+                scoring.add(found.finished.flatten(0, 1), self._prompts_of(prompts[rows].repeat_interleave(each)))
+                yield found[:3]
+
+        latents, next_latents, log_probs = self._stored(parts())
+        return self._states(latents, next_latents, torch.full_like(prompts, step), log_probs, prompts)
+
+    def _prompts_of(self, rows: Int[Tensor, " images"]) -> list[str]:
+        return [self.prompts[row] for row in rows.tolist()]
 
     @staticmethod
     def _stored(parts: Iterable[tuple[Tensor, ...]]) -> list[Tensor]:

@@ -1,5 +1,9 @@
 """A round of DDPO on several devices: what each of them does, and what they know together."""
 
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
 from typing import NamedTuple
 
 import torch
@@ -7,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, distributed
 
-from vp_rl.types import Conditioning, PromptBatch, Steps
+from vp_rl.types import Conditioning, Images, Latents, PromptBatch, Scores, Steps
 
 
 class StepBatch(NamedTuple):
@@ -65,3 +69,62 @@ def of_all(scores: Float[Tensor, "own_prompts own_images"], devices_per_prompt: 
     # As the data module deals: prompts in turn to the first devices, the same to the next ones.
     order = "(share device) prompt image -> (prompt device) (image share)"
     return rearrange(torch.stack(every), order, share=devices_per_prompt)
+
+
+class Scoring:
+    """Scores the images of a round as they come, in their order.
+
+    A reward whose work is done elsewhere gets them in a thread, and the next ones are sampled meanwhile. They wait for
+    it in main memory: it may be slow.
+
+    Args:
+        decode: latents to images.
+        score: images of prompts to scores.
+        batch: images at once.
+        elsewhere: see `Reward`.
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[Latents], Images],
+        score: Callable[[Images, list[str]], Scores],
+        batch: int,
+        elsewhere: bool,
+    ) -> None:
+        self._decode, self._score, self._batch = decode, score, batch
+        self._pool = ThreadPoolExecutor(1) if elsewhere else None
+        self._found: list[Scores | Future[Scores]] = []
+        self.seconds = 0.0
+        """In which nothing was sampled."""
+
+    def __enter__(self) -> "Scoring":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:  # after an error nothing more is asked
+            self._pool.shutdown(cancel_futures=True)
+
+    def add(self, latents: Latents, prompts: list[str]) -> None:
+        """Finished latents, and the prompt of each."""
+        started = time.monotonic()
+        for start in range(0, len(latents), self._batch):
+            rows = slice(start, start + self._batch)
+            images = self._decode(latents[rows])
+            if self._pool is None:
+                self._found.append(self._score(images, prompts[rows]))
+            else:
+                self._found.append(self._pool.submit(self._score, images.cpu(), prompts[rows]))
+        self.seconds += time.monotonic() - started
+
+    def result(self) -> Scores:
+        """Of all images so far, in their order.
+
+        Raises:
+            Exception: what scoring raised first.
+        """
+        started = time.monotonic()
+        scores = torch.cat([each.result() if isinstance(each, Future) else each for each in self._found])
+        self.seconds += time.monotonic() - started
+        return scores

@@ -48,6 +48,8 @@ class OpenAIChatAnnotator(Annotator):
         ValueError: a setting that makes no sense, or missing guidelines.
     """
 
+    elsewhere = True
+
     def __init__(
         self,
         chat: Chat,

@@ -47,7 +47,7 @@ class AnnotatedReward(Reward):
     ) -> None:
         super().__init__()
         annotator.check()
-        self._annotator = annotator
+        self._annotator, self.elsewhere = annotator, annotator.elsewhere
         self._weights = _shares(dict.fromkeys(ASPECTS, 1.0) if weights is None else weights)
         self._concurrency = annotator.concurrency if concurrency is None else concurrency
         if self._concurrency < 1:

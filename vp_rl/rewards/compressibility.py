@@ -21,6 +21,7 @@ class CompressibilityReward(Reward):
     """
 
     differentiable = False
+    elsewhere = True  # on the processor, and most of it without Python's lock
 
     def __init__(self, incompressible: bool = False) -> None:
         super().__init__()

@@ -79,6 +79,7 @@ class RemoteReward(Reward):
     """
 
     differentiable = False
+    elsewhere = True
 
     def __init__(
         self, url: str, *, batch_size: int = 16, concurrency: int = 2, timeout: float = 120.0, patience: float = 600.0

@@ -80,6 +80,7 @@ class WeightedReward(Reward):
         _check(rewards, weights, warmup)
         self.rewards, self.weights = nn.ModuleDict(rewards), dict(weights)
         self.differentiable = all(reward.differentiable for reward in rewards.values())
+        self.elsewhere = all(reward.elsewhere for reward in rewards.values())
         self._warmup, self._number = warmup, next(_numbers)
         self._moments = dict.fromkeys(rewards, Moments()) if statistics is None else _given(statistics, rewards, warmup)
 
