@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from vp_rl.algorithms.clipping import clip_gradients
+from vp_rl.algorithms.clipping import ClippedModule
 from vp_rl.functional import gaussian_kl
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
@@ -40,7 +40,7 @@ class PromptBatches(Protocol):
     def __iter__(self) -> Iterator[PromptBatch]: ...
 
 
-class PolicyTraining(lightning.LightningModule, ABC):
+class PolicyTraining(ClippedModule, ABC):
     """Holds the policy, the frozen reward and the sampler; checkpoints the adapter only.
 
     Precision, accumulation, gradient clipping, devices and strategy are the Trainer's settings.
@@ -107,12 +107,6 @@ class PolicyTraining(lightning.LightningModule, ABC):
         """One optimizer over the adapter."""
         optimizer = self._make_optimizer([p for p in self.policy.parameters() if p.requires_grad])
         return decaying(optimizer, self.trainer) if self._decay else optimizer
-
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """See `clip_gradients`."""
-        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's clock."""

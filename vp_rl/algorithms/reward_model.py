@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import lightning
 import torch
 from jaxtyping import Bool, Float
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vp_rl.algorithms.base import decaying
-from vp_rl.algorithms.clipping import clip_gradients
+from vp_rl.algorithms.clipping import ClippedModule
 from vp_rl.algorithms.shares import of_all_devices, unrepeated
 from vp_rl.functional import label_belief, preference_weights, ranking_loss
 from vp_rl.interfaces import TrainableReward
@@ -33,7 +32,7 @@ from vp_rl.types import ASPECTS, PreferenceBatch
 log = logging.getLogger(__name__)
 
 
-class RewardModel(lightning.LightningModule):
+class RewardModel(ClippedModule):
     """Fits a reward to preferences and saves it where rewards are loaded from.
 
     A reward with an output for each aspect learns each from that aspect's pairs; pairs by the mean over aspects train
@@ -86,12 +85,6 @@ class RewardModel(lightning.LightningModule):
         """One optimizer over what is not frozen."""
         optimizer = self._make_optimizer([p for p in self.reward.parameters() if p.requires_grad])
         return decaying(optimizer, self.trainer)
-
-    def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        """See `clip_gradients`."""
-        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_fit_start(self) -> None:
         """Dropout on: a loaded reward comes in evaluation mode."""
