@@ -25,7 +25,7 @@ from vp_rl.types import ASPECTS
 
 ROOT = Path(__file__).parents[1]
 PROMPTS, IMAGES, EPOCHS = 900, 6, 3  # of training VP-Score: a tenth of what the shipped one has seen
-EPOCHS_OF = {"refl_vpscore": 16, "ddpo_vpscore": 10}  # half of the experiments' own: 27 models are tuned
+EPOCHS_OF = {"refl_vpscore": 10, "ddpo_vpscore": 10}  # a third and a half of the experiments' own: 27 models are tuned
 SHARES = {"1_8": 0.125, "1_4": 0.25, "1_2": 0.5}
 NOISES = {"30": 0.3, "60": 0.6}
 WITHOUT = {f"without_{aspect}": "+".join(other for other in ASPECTS if other != aspect) for aspect in ASPECTS}
