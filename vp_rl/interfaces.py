@@ -82,8 +82,11 @@ class Process(ABC):
     """The maths of one family of samplers: no network, no mutable position, everything in float32."""
 
     @abstractmethod
-    def timesteps(self, steps: int) -> Float[Tensor, " steps"]:
-        """What the denoiser is told at each of `steps` sampling steps, noisiest first."""
+    def timesteps(self, steps: int, device: torch.device | None = None) -> Float[Tensor, " steps"]:
+        """What the denoiser is told at each of `steps` sampling steps, noisiest first; in main memory, or on a device.
+
+        They are there already when they are asked for again: a copy would wait for all that the device is yet to do.
+        """
 
     @abstractmethod
     def transition(self, output: Latents, latents: Latents, step: Steps, steps: int, eta: float) -> Transition:
@@ -131,6 +134,10 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def reference(self) -> AbstractContextManager[None]:
         """Inside it the adapter is off: the untrained model, at no memory cost. Leave it before `backward()`."""
+
+    def eagerly(self) -> AbstractContextManager[None]:
+        """Inside it nothing is compiled, even where the policy is: for batches of a size that nothing else has."""
+        return nullcontext()
 
     def merged(self) -> AbstractContextManager[None]:
         """Inside it sampling may be faster; only without gradients, and with the same images to rounding."""

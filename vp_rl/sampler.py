@@ -114,7 +114,7 @@ class Sampler:
 
     def transition(self, policy: Policy, latents: Latents, step: Steps, conditioning: Conditioning) -> Transition:
         """The policy's Gaussian step from `latents`; rows may be at different steps. Gradients flow."""
-        timestep = policy.process.timesteps(self.steps).to(latents.device)[step]
+        timestep = policy.process.timesteps(self.steps, latents.device)[step]
         output = policy.predict(latents, timestep, conditioning, self.guidance)
         return policy.process.transition(output, latents, step, self.steps, self.eta)
 
@@ -137,10 +137,7 @@ class Sampler:
     def _draw(self, transition: Transition, generator: Generators) -> Latents:
         if self.eta == 0:
             return transition.mean
-        mean = transition.mean
-        several = isinstance(generator, Sequence)
-        noise = randn_tensor(mean.shape, list(generator) if several else generator, mean.device, mean.dtype)
-        return mean + rows(transition.std, mean) * noise
+        return transition.mean + rows(transition.std, transition.mean) * _noise_like(transition.mean, generator)
 
 
 def repeat(transition: Transition, each: int) -> Transition:
@@ -153,6 +150,16 @@ def log_prob_of(latents: Latents, transition: Transition) -> Float[Tensor, " bat
     random = transition.std > 0
     std = torch.where(random, transition.std, 1.0)
     return torch.where(random, gaussian_log_prob(latents, transition.mean, std), 0.0)
+
+
+def _noise_like(latents: Latents, generator: Generators) -> Latents:
+    """As diffusers draws it: where its generators are. From there it is sent without waiting for the device."""
+    several = isinstance(generator, Sequence)
+    place = generator[0].device if several else generator.device if generator else latents.device
+    noise = randn_tensor(latents.shape, list(generator) if several else generator, place, latents.dtype)
+    if latents.is_cuda and not noise.is_cuda:
+        noise = noise.pin_memory()
+    return noise.to(latents.device, non_blocking=True)
 
 
 def _batch(conditioning: Conditioning) -> int:

@@ -32,9 +32,8 @@ from vp_rl.algorithms.rounds import Rollout, Scoring, Share, StepBatch, of_all, 
 from vp_rl.functional import clipped_surrogate, group_advantages
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler, log_prob_of, repeat
-from vp_rl.types import Conditioning, Images, Latents, PromptBatch, Scores, Steps, take
+from vp_rl.types import Conditioning, Images, Latents, PromptBatch, Scores, Steps, Transition, take
 
-_SELF_TEST = 8  # states
 _DRIFT = {False: 1e-4, True: 1e-2}  # between log-probabilities that rounding makes: in float32, in half precision
 _KL_PROBE = 16  # states of a round on which the distance to the reference is measured; 64 cost 8% of the round
 
@@ -109,6 +108,8 @@ class DDPO(PolicyTraining):
         self._sharing = 1  # devices that each of them is on
         self._sampled_after = -1  # that many updates
         self._rounds: list[dict[str, float]] = []
+        self._updates: list[Float[Tensor, "loss_ratio_clipped samples"]] = []
+        self._drifts: list[Float[Tensor, ""]] = []
 
     def batches(self, prompts: PromptBatches) -> "RolloutLoader":
         """Each batch of prompts is one round: sampled when it is asked for, then served as micro-batches."""
@@ -131,32 +132,37 @@ class DDPO(PolicyTraining):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> Tensor:
         """The clipped surrogate of one micro-batch of states, plus the KL where it is wanted."""
-        conditioning = take(self.conditioning, batch.prompt)
-        transition = self.sampler.transition(self.policy, batch.latents, batch.step, conditioning)
-        draws = batch.next_latents.shape[1]
-        log_prob = log_prob_of(batch.next_latents.flatten(0, 1), repeat(transition, draws))
-        log_ratio = log_prob - batch.log_probs.flatten()
+        transition = self._transition(batch)
+        log_ratio = self._log_ratio(batch, transition)
         surrogate = clipped_surrogate(log_ratio, batch.advantages.flatten(), self.clip_range)
-        loss = (batch.weight.repeat_interleave(draws) * surrogate).mean()
+        loss = (batch.weight.repeat_interleave(batch.next_latents.shape[1]) * surrogate).mean()
         if self.kl_weight:
+            conditioning = take(self.conditioning, batch.prompt)
             kl = self.kl_to_reference(transition, batch.latents, batch.step, conditioning)
             loss = loss + self.kl_weight * (batch.weight * kl).mean()
-        ratio = log_ratio.detach().exp()
-        clipped = ((ratio - 1).abs() > self.clip_range).float().mean()
-        values = {"train/loss": loss, "train/ratio": ratio.mean(), "train/clip_fraction": clipped}
-        self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(ratio), sync_dist=True)
+        log_ratio = log_ratio.detach()
+        ratio = log_ratio.exp()
+        clipped = ((ratio - 1).abs() > self.clip_range).float()
+        self._updates.append(torch.stack([loss.detach().expand_as(ratio), ratio, clipped]))
         if self.global_step == self._sampled_after:  # the policy is still the one that sampled
-            drift = log_ratio.detach().abs().max()
-            self.log("train/log_prob_drift", drift, on_step=False, on_epoch=True, reduce_fx="max", sync_dist=True)
+            self._drifts.append(log_ratio.abs().max())
         return loss
 
-    @torch.no_grad()
+    def _transition(self, batch: StepBatch) -> Transition:
+        return self.sampler.transition(self.policy, batch.latents, batch.step, take(self.conditioning, batch.prompt))
+
+    @staticmethod
+    def _log_ratio(batch: StepBatch, transition: Transition) -> Float[Tensor, " samples"]:
+        draws = batch.next_latents.shape[1]
+        return log_prob_of(batch.next_latents.flatten(0, 1), repeat(transition, draws)) - batch.log_probs.flatten()
+
     def self_test(self, batch: StepBatch) -> str:
-        """Replays steps of the round under the policy that sampled them: their log-probabilities must be the same."""
-        few = StepBatch(*(field[:_SELF_TEST] for field in batch))
-        transition = self.sampler.transition(self.policy, few.latents, few.step, take(self.conditioning, few.prompt))
-        again = log_prob_of(few.next_latents.flatten(0, 1), repeat(transition, few.next_latents.shape[1]))
-        drift = (again - few.log_probs.flatten()).abs().max().item()
+        """Replays steps of the round under the policy that sampled them: their log-probabilities must be the same.
+
+        With gradients, as many at once as are trained: so it is the code of training that is compiled, and tested.
+        """
+        log_ratio = self._log_ratio(batch, self._transition(batch))
+        drift = log_ratio.detach().abs().max().item()
         tolerance = _DRIFT[self.in_half_precision()]
         if not drift <= tolerance:
             raise ValueError(
@@ -174,7 +180,7 @@ class DDPO(PolicyTraining):
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's clock."""
         super().on_train_epoch_start()
-        self._rounds = []
+        self._rounds, self._updates, self._drifts = [], [], []
 
     def on_train_epoch_end(self) -> None:
         """Logs what the epoch's rounds gave, and where its time went."""
@@ -182,7 +188,11 @@ class DDPO(PolicyTraining):
         values = {name: sum(values[name] for values in self._rounds) / len(self._rounds) for name in self._rounds[0]}
         rolling = (values["train/seconds_sampling"] + values["train/seconds_reward"]) * len(self._rounds)
         values["train/seconds_training"] = (self.epoch_seconds() - rolling) / len(self._rounds)
+        names = "train/loss", "train/ratio", "train/clip_fraction"
+        values |= zip(names, torch.cat(self._updates, 1).mean(1).tolist(), strict=True)
         self.log_dict(values, sync_dist=True)
+        if self._drifts:
+            self.log("train/log_prob_drift", torch.stack(self._drifts).max(), sync_dist=True, reduce_fx="max")
 
     @torch.no_grad()
     def rollout(self, batch: PromptBatch, *position: int) -> Rollout:
@@ -304,8 +314,9 @@ class DDPO(PolicyTraining):
             parts = states.latents, states.step, states.prompt
             latents, step, prompt = (each[some].to(self.device) for each in parts)
             few = take(conditioning, prompt)
-            transition = self.sampler.transition(self.policy, latents, step, few)
-            found.append(self.kl_to_reference(transition, latents, step, few))
+            with self.policy.eagerly():
+                transition = self.sampler.transition(self.policy, latents, step, few)
+                found.append(self.kl_to_reference(transition, latents, step, few))
         return torch.cat(found).mean()
 
 
@@ -323,6 +334,7 @@ class RolloutLoader(EpochLoader):
     def __iter__(self) -> Iterator[StepBatch]:
         algorithm = self._ddpo
         before = self.done() // self._per_round()
+        pinned = algorithm.device.type == "cuda"  # Lightning then sends it without waiting for the device
         for number, batch in enumerate(self._prompts):
             if number < before:
                 continue
@@ -332,7 +344,8 @@ class RolloutLoader(EpochLoader):
             for turn in range(algorithm.inner_epochs):
                 order = algorithm.order(share, *position, turn).to(states.step.device)
                 for rows in order.split(algorithm.train_batch):
-                    yield StepBatch(*(field[rows] for field in states))
+                    batch = (field[rows] for field in states)
+                    yield StepBatch(*(field.pin_memory() if pinned else field for field in batch))
             del states  # before the next round's are made
 
     def _per_round(self) -> int:

@@ -2,7 +2,7 @@
 
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -59,6 +59,7 @@ class AdaptedPolicy(Policy):
         self.vae = parts["vae"]
         denoiser = parts[component]
         setattr(self, component, denoiser)
+        self._dtype = denoiser.dtype  # milliseconds each time: it looks at every parameter
         self.requires_grad_(False)
         self.eval()
         economy.arrange(denoiser, self.vae)
@@ -168,6 +169,10 @@ class AdaptedPolicy(Policy):
     def reference(self) -> AbstractContextManager[None]:
         """The model without its adapter."""
         return self.adapter.off()
+
+    def eagerly(self) -> AbstractContextManager[None]:
+        """Each size is compiled by itself, which takes a minute."""
+        return torch.compiler.set_stance("force_eager") if self.economy.compile else nullcontext()
 
     def merged(self) -> AbstractContextManager[None]:
         """The adapter is added into the frozen weights where these are float32."""

@@ -63,7 +63,7 @@ class Economy:
         if isinstance(denoiser, UNet2DConditionModel):  # half of its work, which diffusers leaves out
             blocks.append(ResnetBlock2D.__name__)
         denoiser._repeated_blocks = blocks
-        denoiser.compile_repeated_blocks()
+        denoiser.compile_repeated_blocks(dynamic=False)  # code for any size is slower, and takes longer to be made
 
 
 DEFAULT = Economy()

@@ -70,7 +70,7 @@ class Flux(AdaptedPolicy):
     def _denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         text = conditioning["text"]
         return self.transformer(
-            hidden_states=latents.to(self.transformer.dtype),
+            hidden_states=latents.to(self._dtype),
             timestep=timestep / 1000,
             guidance=conditioning.get("guidance"),
             pooled_projections=conditioning["pooled"],

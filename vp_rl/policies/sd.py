@@ -60,4 +60,4 @@ class StableDiffusion(AdaptedPolicy):
         return {"text": self.text_encoder(tokens[0])[0]}
 
     def _denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.unet(latents.to(self.unet.dtype), timestep, conditioning["text"], return_dict=False)[0].float()
+        return self.unet(latents.to(self._dtype), timestep, conditioning["text"], return_dict=False)[0].float()

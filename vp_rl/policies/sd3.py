@@ -86,7 +86,7 @@ class StableDiffusion3(AdaptedPolicy):
 
     def _denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         return self.transformer(
-            hidden_states=latents.to(self.transformer.dtype),
+            hidden_states=latents.to(self._dtype),
             timestep=timestep,
             encoder_hidden_states=conditioning["text"],
             pooled_projections=conditioning["pooled"],

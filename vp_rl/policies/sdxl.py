@@ -83,7 +83,7 @@ class StableDiffusionXL(AdaptedPolicy):
 
     def _denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         added = {"text_embeds": conditioning["pooled"], "time_ids": self._sizes.expand(len(latents), -1)}
-        inputs = latents.to(self.unet.dtype), timestep, conditioning["text"]
+        inputs = latents.to(self._dtype), timestep, conditioning["text"]
         return self.unet(*inputs, added_cond_kwargs=added, return_dict=False)[0].float()
 
 

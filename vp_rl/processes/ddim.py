@@ -32,9 +32,9 @@ class DDIM(Process):
         self._train_steps: int = scheduler.config["num_train_timesteps"]
         self._cache: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
-    def timesteps(self, steps: int) -> Float[Tensor, " steps"]:
+    def timesteps(self, steps: int, device: torch.device | None = None) -> Float[Tensor, " steps"]:
         """The scheduler's timesteps, highest first."""
-        return self._schedule(steps, torch.device("cpu"))[0]
+        return self._schedule(steps, device or torch.device("cpu"))[0]
 
     def _schedule(self, steps: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Timesteps, cumulative alpha at each step and after it; each (steps,)."""

@@ -45,9 +45,9 @@ class Flow(Process):
         self._shift = _shift(config, tokens) if config["use_dynamic_shifting"] else None
         self._cache: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
-    def timesteps(self, steps: int) -> Float[Tensor, " steps"]:
+    def timesteps(self, steps: int, device: torch.device | None = None) -> Float[Tensor, " steps"]:
         """1000 t at each step, highest first."""
-        return self._schedule(steps, torch.device("cpu"))[0]
+        return self._schedule(steps, device or torch.device("cpu"))[0]
 
     def _schedule(self, steps: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Timesteps (steps,), and t before and after each step (steps + 1,)."""
