@@ -82,7 +82,7 @@ def perturb(policy: Policy) -> None:
     """An adapter that is far from the identity that it begins as, and the same one every time."""
     generator = torch.Generator().manual_seed(2)
     for parameter in adapter(policy).values():
-        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
 def predict(policy: Policy, prompts: list[str] = PROMPTS, guidance: float = 1.0) -> torch.Tensor:

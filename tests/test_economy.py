@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from fakes import fit
-from families import FAMILIES, Redness, adapter, build, denoiser, gradients, make, perturb, predict
+from families import FAMILIES, PROMPTS, Redness, adapter, build, denoiser, gradients, make, perturb, predict
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.plugins.precision import MixedPrecision
@@ -238,7 +238,11 @@ def test_a_compiled_denoiser_computes_the_same_whatever_its_adapter(case: str, t
         with policy.merged(), plain.merged():
             same(predict(policy), predict(plain))
         same(predict(policy), predict(plain))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiled > 0
+    with torch.no_grad(), policy.eagerly():  # a batch of a size that nothing else has
+        same(predict(policy, PROMPTS[:1]), predict(plain, PROMPTS[:1]))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     policy.save_adapter(tmp_path)
     plain.load_adapter(tmp_path)
     assert all(torch.equal(tensor, adapter(policy)[name]) for name, tensor in adapter(plain).items())

@@ -84,7 +84,7 @@ def test_autocast_changes_nothing_in_a_model_that_is_in_half_precision(case: str
         assert torch.equal(policy.decode(latents(policy)), picture)
 
 
-@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast")
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt. inputs will be cast", "ignore:inner dimension")
 # See test_economy.py for the bounds.
 @pytest.mark.parametrize(("bits", "error"), [("8bit", 0.03), ("4bit", 0.3)])
 @pytest.mark.parametrize("case", FAMILIES)

@@ -47,6 +47,19 @@ def fit(algorithm: PolicyTraining, *callbacks: lightning.Callback, **trainer: An
     return runner
 
 
+class Watched(LinearPolicy):
+    """Keeps how many states it was asked for at once, where gradients were wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def predict(self, latents: Latents, *rest: Any) -> Latents:
+        if torch.is_grad_enabled():
+            self.sizes.append(len(latents))
+        return super().predict(latents, *rest)
+
+
 class Scored(QuadraticReward):
     """Quadratic scores, of which some calls' are changed in place."""
 
@@ -136,6 +149,12 @@ def test_the_self_test_says_what_it_found(make: Any, caplog: pytest.LogCaptureFi
     with caplog.at_level(logging.INFO, logger="vp_rl"):
         fit(make(LinearPolicy()), Guards())
     assert len([said for said in caplog.messages if said.startswith("self-test: ")]) == 1
+
+
+def test_ddpos_self_test_replays_as_many_states_as_are_trained_at_once_and_as_they_are_trained() -> None:
+    policy = Watched()
+    fit(ddpo(policy, train_batch=16), Guards())
+    assert policy.sizes == [16] * (1 + 2 * BATCHES)  # 4 prompts x 4 images x 2 random steps a batch
 
 
 # --- rewards that tell nothing apart
