@@ -1,6 +1,6 @@
 """The paper's claims, tried in the embedded world: rewards, tuned models, ablations, and a page of what came out.
 
-    make paper                              three seeds; some two hours on two CPU cores
+    make paper                              three seeds; 1.5 to 2.5 hours on two CPU cores
     python scripts/paper.py --seeds 0       one seed, a third of the time
     python scripts/paper.py --list          the jobs, and which of them are done
 

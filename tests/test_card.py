@@ -137,6 +137,8 @@ def test_characters_that_cannot_be_seen_are_left_out() -> None:
 
 def test_names_with_underscores_stay_readable_in_the_raw_file() -> None:
     assert escape("stable_diffusion_v1_5") == "stable_diffusion_v1_5"
+    assert escape("79.1") == "79.1"
+    assert escape("1. item") != "1. item"  # which would begin a list
     assert escape("a red star, and 2 blue ones (small)") == "a red star, and 2 blue ones (small)"
 
 

@@ -10,7 +10,7 @@ _MARKUP = re.compile(
     r"[&<>`*\[\]#|~$\\@]"
     r"|(?<![^\W_])_|_(?![^\W_])"  # within a word it is a letter
     r"|(?<=\w):(?=\S)|(?i:(?<=www)\.)"  # addresses become links by themselves
-    r"|^[-+=]|^\d+(?=[.)])"  # the start of a list, or the line under a heading
+    r"|^[-+=]|^\d+(?=[.)](?:\s|$))"  # the start of a list, or the line under a heading
 )
 
 
