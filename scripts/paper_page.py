@@ -1,6 +1,7 @@
 """What `scripts/paper.py` found, as `paper.md` with its plots and as one self-contained page, `paper.html`."""
 
 import base64
+import csv
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -8,6 +9,8 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Float
 from markdown_it import MarkdownIt
 from paper_plots import Point, bars, lines
 from scipy.stats import t
@@ -52,8 +55,8 @@ _NOTE = (
     "This is the embedded world: tiny models that draw coloured shapes, and a judge that measures pixels. It shows "
     "whether the method's claims hold *there*; it is no evidence about real images, and no number of the paper's is "
     "reproduced. Differences are between means over seeds, with 95% intervals from the larger of two standard "
-    "errors: that between seeds (by Student's t), and that of the held-out prompts. Prompts are treated as drawn anew "
-    "for each model, though they are the same, so the intervals are rather too wide."
+    "errors: that between seeds (by Student's t), and that between the held-out prompts. Models are compared prompt by "
+    "prompt; rewards' accuracies as if each had prompts of its own, so that those intervals are rather too wide."
 )
 
 
@@ -67,6 +70,8 @@ class Measured(NamedTuple):
 
 Found = dict[int, Measured]
 """By seed."""
+Changes = dict[int, Float[np.ndarray, " prompts"]]
+"""Of a tuned model from the base, by seed and held-out prompt."""
 
 
 class Results(NamedTuple):
@@ -74,8 +79,8 @@ class Results(NamedTuple):
 
     accuracy: dict[str, Found]
     """By reward: share of pairs in the judge's order by the mean of its four ratings."""
-    change: dict[tuple[str, str], Found]
-    """By tuned model and metric: from the base model, on held-out prompts."""
+    change: dict[tuple[str, str], Changes]
+    """By tuned model and metric."""
 
 
 class Difference(NamedTuple):
@@ -128,7 +133,7 @@ def write_page(folder: Path, seeds: Sequence[int]) -> Path:
 def read(folder: Path, seeds: Sequence[int]) -> Results:
     """What the finished jobs left."""
     accuracy: dict[str, Found] = {}
-    change: dict[tuple[str, str], Found] = {}
+    change: dict[tuple[str, str], Changes] = {}
     for seed in seeds:
         for entry in load(folder / f"accuracy-{seed}" / "accuracy.json", []):
             name = entry["reward"].removeprefix("reward-").removesuffix(f"-{seed}")
@@ -138,8 +143,8 @@ def read(folder: Path, seeds: Sequence[int]) -> Results:
             if "noisy" in name:
                 accuracy.setdefault("annotator", {})[seed] = measured(by_rule["mean"], "share")
         for name in {**_TUNED, **_ABLATED}:
-            for metric, found in load(folder / f"{name}-{seed}" / "summary.json", {}).get("held_out", {}).items():
-                change.setdefault((name, metric), {})[seed] = measured(found, "difference")
+            for metric, values in changes(folder / f"{name}-{seed}" / "scores.csv").items():
+                change.setdefault((name, metric), {})[seed] = values
     return Results(accuracy, change)
 
 
@@ -148,29 +153,61 @@ def load(file: Path, otherwise: Any) -> Any:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else otherwise
 
 
+def changes(file: Path) -> dict[str, Float[np.ndarray, " prompts"]]:
+    """By metric: how much more the tuned model's images of a prompt have than the base's, averaged over their seeds."""
+    if not file.is_file():
+        return {}
+    with file.open(newline="", encoding="utf-8") as opened:
+        rows = list(csv.DictReader(opened))
+    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
+    by_prompt = {
+        metric: [
+            [float(row[f"tuned/{metric}"]) - float(row[f"base/{metric}"]) for row in rows if row["prompt"] == prompt]
+            for prompt in prompts
+        ]
+        for metric in _METRICS
+    }
+    return {metric: np.array(values).mean(1) for metric, values in by_prompt.items()}
+
+
 def measured(found: dict[str, float], key: str) -> Measured:
     """A number with a standard error as wide as its interval says."""
     return Measured(found[key], (found["high"] - found["low"]) / (2 * _Z))
 
 
-def mean(found: Found | None) -> Difference | None:
-    """Over seeds; None where nothing was measured."""
-    return over(found, None) if found else None
+def accurate(found: Found) -> Difference:
+    """A reward's accuracy over seeds. All have the same prompts, so several are no surer of them than one."""
+    within = fmean(each.error for each in found.values())
+    return difference([each.value for each in found.values()], within)
 
 
-def over(one: Found | None, other: Found | None) -> Difference | None:
-    """How much more `one` is than `other` (0, where that is None), over the seeds that both have."""
-    if not one or other == {}:
-        return None
-    nothing = dict.fromkeys(one, Measured(0.0, 0.0))
-    both = [(one[seed], (other or nothing)[seed]) for seed in one if seed in (other or nothing)]
+def more_accurate(one: Found, other: Found) -> Difference | None:
+    """How much more often `one` is right than `other`, over the seeds that both have."""
+    both = [(one[seed], other[seed]) for seed in one if seed in other]
     if not both:
         return None
-    gaps = [a.value - b.value for a, b in both]
-    within = math.sqrt(sum(a.error**2 + b.error**2 for a, b in both)) / len(both)
+    within = fmean(math.hypot(a.error, b.error) for a, b in both)
+    return difference([a.value - b.value for a, b in both], within)
+
+
+def more_changed(one: Changes, other: Changes | None = None) -> Difference | None:
+    """How much further from the base `one` is than `other`, or than the base itself, over the seeds that both have."""
+    if other is None:
+        other = {seed: np.zeros_like(values) for seed, values in one.items()}
+    gaps = np.array([one[seed] - other[seed] for seed in one if seed in other])
+    if not gaps.size:
+        return None
+    by_prompt = gaps.mean(0)
+    within = float(by_prompt.std(ddof=1)) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else 0.0
+    return difference(gaps.mean(1).tolist(), within)
+
+
+def difference(by_seed: list[float], within: float) -> Difference:
+    """Over seeds, as sure as the less sure of its two sources: seeds, and prompts with the error `within`."""
+    seeds = len(by_seed)
     # Of few seeds the spread is a rough estimate: by Student's t its interval is that much wider.
-    between = stdev(gaps) / math.sqrt(len(gaps)) * t.ppf(0.975, len(gaps) - 1) / _Z if len(gaps) > 1 else 0.0
-    return Difference(fmean(gaps), max(within, between), len(gaps))
+    between = stdev(by_seed) / math.sqrt(seeds) * t.ppf(0.975, seeds - 1) / _Z if seeds > 1 else 0.0
+    return Difference(fmean(by_seed), max(within, between), seeds)
 
 
 def claims() -> list[Claim]:
@@ -182,7 +219,7 @@ def of_rewards() -> list[Claim]:
     """About VP-Score's accuracy."""
 
     def accuracy(one: str, other: str) -> Callable[[Results], Difference | None]:
-        return lambda found: over(found.accuracy.get(one), found.accuracy.get(other, {}))
+        return lambda found: more_accurate(found.accuracy.get(one, {}), found.accuracy.get(other, {}))
 
     better, more = "VP-Score predicts preferences better than {}", "accuracy, points more"
     return [
@@ -211,8 +248,8 @@ def of_models() -> list[Claim]:
     def rating(
         one: str, other: str | None = None, metric: str = "mean_rating"
     ) -> Callable[[Results], Difference | None]:
-        return lambda found: over(
-            found.change.get((one, metric)), found.change.get((other, metric), {}) if other else None
+        return lambda found: more_changed(
+            found.change.get((one, metric), {}), found.change.get((other, metric), {}) if other else None
         )
 
     tuned, improves = (
@@ -318,7 +355,7 @@ def model_rows(results: Results, models: dict[str, str]) -> list[list[object]]:
     """A tuned model a row."""
     rows = []
     for name, label in models.items():
-        cells = [mean(results.change.get((name, metric))) for metric in _METRICS]
+        cells = [more_changed(results.change.get((name, metric), {})) for metric in _METRICS]
         if any(cells):
             units = [100 if metric == "correct" else 1 for metric in _METRICS]
             rows.append([label, *[shown(c, unit) if c else "–" for c, unit in zip(cells, units, strict=True)]])
@@ -329,11 +366,15 @@ def tuned(results: Results) -> list[Point]:
     """Change of the mean rating by tuned model."""
     labels = {**{name: f"ReFL, VP-Score {label}" for name, label in _ABLATED.items()}, **_TUNED}
     names = list(dict.fromkeys([*_TUNED, *_ABLATED]))
-    found = [(name, mean(results.change.get((name, "mean_rating")))) for name in names]
+    found = [(name, more_changed(results.change.get((name, "mean_rating"), {}))) for name in names]
     return [Point(labels[name], 0.0, f.value, _Z * f.error) for name, f in found if f]
 
 
 def accuracies(results: Results, places: dict[str, tuple[str, float]]) -> list[Point]:
     """Accuracy of rewards, in percent, each at its place on an axis."""
-    found = [(label, place, mean(results.accuracy.get(name))) for name, (label, place) in places.items()]
-    return [Point(label, place, 100 * f.value, 100 * _Z * f.error) for label, place, f in found if f]
+    found = [
+        (label, place, accurate(results.accuracy[name]))
+        for name, (label, place) in places.items()
+        if name in results.accuracy
+    ]
+    return [Point(label, place, 100 * f.value, 100 * _Z * f.error) for label, place, f in found]

@@ -1,5 +1,6 @@
 """`scripts/evaluate.py images`: from a run's folder to its adapter's results, with nothing made twice."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -68,6 +69,13 @@ def test_a_run_is_evaluated_as_it_was_set_and_nothing_is_made_twice(
     assert set(first["categories"]) <= {"size", "binding", "relation", "count", "composition"}
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == first
     assert "report.html" in {path.name for path in (tmp_path / "out").iterdir()}
+    with (tmp_path / "out" / "scores.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len({(line["prompt"], line["seed"]) for line in lines}) == 10
+    for metric in ("reward", "mean_rating", "panel/compressibility"):
+        for model in ("base", "tuned"):
+            mean = sum(float(line[f"{model}/{metric}"]) for line in lines) / len(lines)
+            assert mean == pytest.approx(first["held_out"][metric][model], rel=1e-6), (model, metric)
     monkeypatch.setattr(Sampler, "sample", lambda *_: pytest.fail("an image is made again"))
     again = evaluate(config(*given, panel))
     for part in ("held_out", "pairs", "categories", "distances"):

@@ -1,18 +1,32 @@
 """The embedded reproduction: its jobs can be composed, and its verdicts say no more than the numbers."""
 
+import csv
 import json
-import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from evaluate import expand
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from paper import Job, dataset, do, share_images, stages
-from paper_page import Claim, Difference, Measured, over, read, verdict, write_page
+from paper_page import (
+    Claim,
+    Difference,
+    Measured,
+    accurate,
+    more_accurate,
+    more_changed,
+    read,
+    verdict,
+    write_page,
+)
+
+from vp_rl.types import ASPECTS
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1)
+METRICS = ("mean_rating", *ASPECTS, "correct")
 
 
 def jobs(folder: Path) -> list[Job]:
@@ -65,20 +79,33 @@ def test_other_annotators_are_shown_the_same_images_also_after_a_copy_that_was_c
     assert dataset(tmp_path, "30").parent.name == "data-30"
 
 
-def test_a_difference_is_as_sure_as_the_less_sure_of_its_two_sources() -> None:
+def test_a_difference_of_rewards_is_as_sure_as_the_less_sure_of_its_two_sources() -> None:
     exact, apart = (
         {s: Measured(v, 0.0) for s, v in enumerate((1.0, 2.0, 3.0))},
         {s: Measured(0.0, 0.3) for s in range(3)},
     )
-    found = over(exact, apart)
-    assert found == Difference(
-        2.0, pytest.approx(4.303 / 1.96 / 3**0.5, rel=1e-3), 3
-    )  # between seeds: sd 1, t of 2 degrees of freedom
+    between = pytest.approx(4.303 / 1.96 / 3**0.5, rel=1e-3)  # seeds: sd 1, t of 2 degrees of freedom
+    assert accurate(exact) == more_accurate(exact, dict.fromkeys(range(3), Measured(0.0, 0.0)))
+    assert more_accurate(exact, apart) == Difference(2.0, between, 3)
     alike = {seed: Measured(1.0, 0.4) for seed in range(3)}
-    assert over(alike, apart) == Difference(1.0, pytest.approx(0.5 / 3**0.5), 3)  # within: 0.4 and 0.3 make 0.5
-    assert over(alike, {1: Measured(0.5, 0.0)}) == Difference(0.5, pytest.approx(0.4), 1)
-    assert over(alike, {}) is None
-    assert over({}, None) is None
+    assert accurate(alike) == Difference(1.0, pytest.approx(0.4), 3)  # the same prompts three times
+    assert more_accurate(alike, apart) == Difference(1.0, pytest.approx(0.5), 3)  # 0.4 and 0.3 make 0.5
+    assert more_accurate(alike, {1: Measured(0.5, 0.0)}) == Difference(0.5, pytest.approx(0.4), 1)
+    assert more_accurate(alike, {}) is None
+
+
+def test_models_are_compared_prompt_by_prompt() -> None:
+    prompts = np.array([0.0, 4.0, 8.0, 12.0])
+    one, other = ({seed: prompts + ahead for seed in range(3)} for ahead in (1.0, 0.0))
+    found = more_changed(one, other)
+    assert found == Difference(1.0, pytest.approx(0.0), 3)  # every prompt says the same, however much they differ
+    of_prompts = prompts.std(ddof=1) / 2
+    assert more_changed(one) == Difference(7.0, pytest.approx(of_prompts), 3)  # the same prompts three times
+    by_seed = {seed: prompts * 0 + value for seed, value in enumerate((1.0, 2.0, 3.0))}
+    assert more_changed(by_seed) == Difference(2.0, pytest.approx(4.303 / 1.96 / 3**0.5, rel=1e-3), 3)
+    assert more_changed(one, {1: prompts}) == Difference(1.0, 0.0, 1)
+    assert more_changed(one, {}) is None
+    assert more_changed({}) is None
 
 
 @pytest.mark.parametrize(
@@ -97,10 +124,11 @@ def test_a_verdict_needs_an_interval_that_excludes_its_opposite(value: float, en
 
 
 def test_noise_is_seldom_taken_for_agreement() -> None:
-    rng, claim, hits = random.Random(0), Claim("", "", "", lambda _: None), 0
+    rng, claim, hits = np.random.default_rng(0), Claim("", "", "", lambda _: None), 0
     for _ in range(1000):
-        one, other = ({seed: Measured(rng.gauss(0, 1), 1.0) for seed in range(3)} for _ in range(2))
-        found = over(one, other)
+        # A model is a seed's luck, the same on all prompts, and what it does to each of them.
+        one, other = ({seed: rng.normal(0, 0.1) + rng.normal(0, 1, 100) for seed in range(3)} for _ in range(2))
+        found = more_changed(one, other)
         assert found is not None
         hits += verdict(claim, found) != "undecided"
     # 5% if the errors were known; the larger of two estimates is more careful than that. 3 sigma: 5% + 2.1%.
@@ -116,15 +144,21 @@ def results(folder: Path, better: float) -> None:
         ]
         (folder / f"accuracy-{seed}").mkdir()
         (folder / f"accuracy-{seed}" / "accuracy.json").write_text(json.dumps(entries))
-        change = {"mean_rating": {"difference": better / 10, "low": better / 10 - 0.1, "high": better / 10 + 0.1}}
         (folder / f"refl-all-{seed}").mkdir()
-        (folder / f"refl-all-{seed}" / "summary.json").write_text(json.dumps({"held_out": change}))
+        with (folder / f"refl-all-{seed}" / "scores.csv").open("w", newline="") as file:
+            columns = [f"{model}/{metric}" for model in ("base", "tuned") for metric in METRICS]
+            writer = csv.writer(file)
+            writer.writerow(["prompt", "seed", *columns])
+            for number, noise in enumerate((-0.05, 0.05, 0.0, 0.0)):  # two seeds of two prompts
+                after = [3 + better / 10 + noise if metric == "mean_rating" else 3.0 for metric in METRICS]
+                writer.writerow([f'a "red", circle {number // 2}', number % 2, *[3.0] * len(METRICS), *after])
 
 
 def test_the_page_says_what_agrees_what_does_not_and_what_is_missing(tmp_path: Path) -> None:
     results(tmp_path, 10.0)
     found = read(tmp_path, SEEDS)
     assert found.accuracy["all"][1] == Measured(pytest.approx(0.7), pytest.approx(0.04 / 3.92))
+    assert found.change["refl-all", "mean_rating"][1] == pytest.approx([1.0, 1.0])
     page = write_page(tmp_path, SEEDS)
     text = (tmp_path / "paper.md").read_text()
     assert "| VP-Score predicts preferences better than CLIP | Table 2 |" in text

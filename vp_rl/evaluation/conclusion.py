@@ -1,5 +1,6 @@
 """What base against adapter came to: compared once, then written and said, whoever made the two evaluations."""
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -99,7 +100,7 @@ def publish(
     note: str = "",
     command: str = "",
 ) -> dict[str, Any]:
-    """Writes `summary.json` and `report.html` to the folder, and prints the table and the signs.
+    """Writes `summary.json`, `scores.csv` and `report.html` to the folder, and prints the table and the signs.
 
     Args:
         seconds: wall time by the parts of the run.
@@ -111,6 +112,7 @@ def publish(
     """
     written = {**done.as_dict(), **more}
     (folder / "summary.json").write_text(json.dumps(written, indent=2) + "\n")
+    _write_scores(folder / "scores.csv", done.base, done.tuned)
     print(f"\nHeld-out prompts, base against trained, same seeds\n{as_markdown(done.changes)}")
     for name, duel in done.pairs.items():
         print(f"both at once, {name}: " + ", ".join(f"{part} {value:.0%}" for part, value in asdict(duel).items()))
@@ -132,3 +134,16 @@ def publish(
     )
     print(f"\nReport: {report}")
     return written
+
+
+def _write_scores(file: Path, base: Evaluation, tuned: Evaluation) -> None:
+    """A line for each prompt and seed: every metric of the base's image and of the other."""
+    columns = {
+        f"{model}/{name}": values.tolist()
+        for model, evaluation in (("base", base), ("tuned", tuned))
+        for name, values in evaluation.metrics().items()
+    }
+    with file.open("w", newline="", encoding="utf-8") as out:
+        writer = csv.writer(out)
+        writer.writerow(["prompt", "seed", *columns])
+        writer.writerows(zip(base.prompts, base.seeds, *columns.values(), strict=True))
