@@ -1,43 +1,34 @@
 """What `scripts/paper.py` found, as `paper.md` with its plots and as one self-contained page, `paper.html`."""
 
 import base64
-import csv
-import json
-import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from statistics import fmean
+from typing import NamedTuple
 
-import numpy as np
-from jaxtyping import Float
 from markdown_it import MarkdownIt
 from paper_plots import Point, bars, lines
-from scipy.stats import t
+from paper_results import (
+    ABLATED,
+    METRICS,
+    NAMES,
+    TUNED,
+    Difference,
+    Results,
+    Z,
+    accurate,
+    more_accurate,
+    more_changed,
+    read,
+)
 
 from vp_rl.visionprefer.markdown import Markdown, table
 
-_Z = 1.96  # of a 95% interval
-_TUNED = {
-    "ddpo-all": "DDPO, VP-Score",
-    "refl-all": "ReFL, VP-Score",
-    "refl-only_prompt_following": "ReFL, VP-Score of prompt following alone",
-    "refl-only_aesthetic": "ReFL, VP-Score of the aesthetic alone",
-    "refl-clip": "ReFL, CLIP's cosine",
-}
-_ASPECTS = {
-    "prompt_following": "prompt following",
-    "aesthetic": "aesthetic",
-    "fidelity": "fidelity",
-    "harmlessness": "harmlessness",
-}
-_ABLATED = {"refl-all": "all four", **{f"refl-without_{key}": f"without {name}" for key, name in _ASPECTS.items()}}
-_METRICS = {"mean_rating": "mean rating", **_ASPECTS, "correct": "fully correct"}
 _REWARDS = {
     "all": "VP-Score",
     "only_prompt_following": "of prompt following alone",
     "only_aesthetic": "of the aesthetic alone",
-    **{f"without_{key}": f"without {name}" for key, name in _ASPECTS.items()},
+    **{f"without_{key}": f"without {name}" for key, name in NAMES.items()},
     "clip": "CLIP's cosine",
     "annotator": "a less careful annotator",
     "share_1_8": "VP-Score of 1/8 of the data",
@@ -58,41 +49,6 @@ _NOTE = (
     "errors: that between seeds (by Student's t), and that between the held-out prompts. Models are compared prompt by "
     "prompt; rewards' accuracies as if each had prompts of its own, so that those intervals are rather too wide."
 )
-
-
-class Measured(NamedTuple):
-    """One number of one run."""
-
-    value: float
-    error: float
-    """Standard error, from its interval over held-out prompts."""
-
-
-Found = dict[int, Measured]
-"""By seed."""
-Changes = dict[int, Float[np.ndarray, " prompts"]]
-"""Of a tuned model from the base, by seed and held-out prompt."""
-
-
-class Results(NamedTuple):
-    """Everything that was measured."""
-
-    accuracy: dict[str, Found]
-    """By reward: share of pairs in the judge's order by the mean of its four ratings."""
-    change: dict[tuple[str, str], Changes]
-    """By tuned model and metric."""
-
-
-class Difference(NamedTuple):
-    """What one thing has over another."""
-
-    value: float
-    error: float
-    seeds: int
-
-    def interval(self) -> tuple[float, float]:
-        """With 95% confidence."""
-        return self.value - _Z * self.error, self.value + _Z * self.error
 
 
 class Claim(NamedTuple):
@@ -128,86 +84,6 @@ def write_page(folder: Path, seeds: Sequence[int]) -> Path:
     frame = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
     (folder / "paper.html").write_text(frame.replace("BODY", html), encoding="utf-8")
     return folder / "paper.html"
-
-
-def read(folder: Path, seeds: Sequence[int]) -> Results:
-    """What the finished jobs left."""
-    accuracy: dict[str, Found] = {}
-    change: dict[tuple[str, str], Changes] = {}
-    for seed in seeds:
-        for entry in load(folder / f"accuracy-{seed}" / "accuracy.json", []):
-            name = entry["reward"].removeprefix("reward-").removesuffix(f"-{seed}")
-            accuracy.setdefault(name, {})[seed] = measured(next(iter(entry["accuracy"].values())), "share")
-        table = load(folder / f"reward-all-{seed}" / "summary.json", {}).get("accuracy", {})
-        for name, by_rule in table.items():
-            if "noisy" in name:
-                accuracy.setdefault("annotator", {})[seed] = measured(by_rule["mean"], "share")
-        for name in {**_TUNED, **_ABLATED}:
-            for metric, values in changes(folder / f"{name}-{seed}" / "scores.csv").items():
-                change.setdefault((name, metric), {})[seed] = values
-    return Results(accuracy, change)
-
-
-def load(file: Path, otherwise: Any) -> Any:
-    """A JSON file, where there is one."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else otherwise
-
-
-def changes(file: Path) -> dict[str, Float[np.ndarray, " prompts"]]:
-    """By metric: how much more the tuned model's images of a prompt have than the base's, averaged over their seeds."""
-    if not file.is_file():
-        return {}
-    with file.open(newline="", encoding="utf-8") as opened:
-        rows = list(csv.DictReader(opened))
-    prompts = list(dict.fromkeys(row["prompt"] for row in rows))
-    by_prompt = {
-        metric: [
-            [float(row[f"tuned/{metric}"]) - float(row[f"base/{metric}"]) for row in rows if row["prompt"] == prompt]
-            for prompt in prompts
-        ]
-        for metric in _METRICS
-    }
-    return {metric: np.array(values).mean(1) for metric, values in by_prompt.items()}
-
-
-def measured(found: dict[str, float], key: str) -> Measured:
-    """A number with a standard error as wide as its interval says."""
-    return Measured(found[key], (found["high"] - found["low"]) / (2 * _Z))
-
-
-def accurate(found: Found) -> Difference:
-    """A reward's accuracy over seeds. All have the same prompts, so several are no surer of them than one."""
-    within = fmean(each.error for each in found.values())
-    return difference([each.value for each in found.values()], within)
-
-
-def more_accurate(one: Found, other: Found) -> Difference | None:
-    """How much more often `one` is right than `other`, over the seeds that both have."""
-    both = [(one[seed], other[seed]) for seed in one if seed in other]
-    if not both:
-        return None
-    within = fmean(math.hypot(a.error, b.error) for a, b in both)
-    return difference([a.value - b.value for a, b in both], within)
-
-
-def more_changed(one: Changes, other: Changes | None = None) -> Difference | None:
-    """How much further from the base `one` is than `other`, or than the base itself, over the seeds that both have."""
-    if other is None:
-        other = {seed: np.zeros_like(values) for seed, values in one.items()}
-    gaps = np.array([one[seed] - other[seed] for seed in one if seed in other])
-    if not gaps.size:
-        return None
-    by_prompt = gaps.mean(0)
-    within = float(by_prompt.std(ddof=1)) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else 0.0
-    return difference(gaps.mean(1).tolist(), within)
-
-
-def difference(by_seed: list[float], within: float) -> Difference:
-    """Over seeds, as sure as the less sure of its two sources: seeds, and prompts with the error `within`."""
-    seeds = len(by_seed)
-    # Of few seeds the spread is a rough estimate: by Student's t its interval is that much wider.
-    between = stdev(by_seed) / math.sqrt(seeds) * t.ppf(0.975, seeds - 1) / _Z if seeds > 1 else 0.0
-    return Difference(fmean(by_seed), max(within, between), seeds)
 
 
 def claims() -> list[Claim]:
@@ -269,7 +145,7 @@ def of_models() -> list[Claim]:
             rating("refl-all", f"refl-without_{key}", key),
             1,
         )
-        for key, name in _ASPECTS.items()
+        for key, name in NAMES.items()
     ]
     return [
         Claim(improves, "Table 4", "DDPO: mean rating", rating("ddpo-all"), 1),
@@ -320,11 +196,11 @@ def page(results: Results, seeds: Sequence[int]) -> str:
         "![Accuracy by data and by noise](data.png)",
         "## Tuned models",
         "Change from the base model as the held-out judge rates it, 1 to 5; fully correct images in points.",
-        table(["tuned by, against", *_METRICS.values()], model_rows(results, _TUNED)),
+        table(["tuned by, against", *METRICS.values()], model_rows(results, TUNED)),
         "![Tuned models](tuned.png)",
         "## Aspects left out",
         "ReFL against VP-Scores that were trained without one aspect.",
-        table(["VP-Score", *_METRICS.values()], model_rows(results, _ABLATED)),
+        table(["VP-Score", *METRICS.values()], model_rows(results, ABLATED)),
     ]
     if missing:
         parts += ["## Not measured yet", "\n".join(f"- {each}" for each in missing)]
@@ -355,19 +231,19 @@ def model_rows(results: Results, models: dict[str, str]) -> list[list[object]]:
     """A tuned model a row."""
     rows = []
     for name, label in models.items():
-        cells = [more_changed(results.change.get((name, metric), {})) for metric in _METRICS]
+        cells = [more_changed(results.change.get((name, metric), {})) for metric in METRICS]
         if any(cells):
-            units = [100 if metric == "correct" else 1 for metric in _METRICS]
+            units = [100 if metric == "correct" else 1 for metric in METRICS]
             rows.append([label, *[shown(c, unit) if c else "–" for c, unit in zip(cells, units, strict=True)]])
     return rows
 
 
 def tuned(results: Results) -> list[Point]:
     """Change of the mean rating by tuned model."""
-    labels = {**{name: f"ReFL, VP-Score {label}" for name, label in _ABLATED.items()}, **_TUNED}
-    names = list(dict.fromkeys([*_TUNED, *_ABLATED]))
+    labels = {**{name: f"ReFL, VP-Score {label}" for name, label in ABLATED.items()}, **TUNED}
+    names = list(dict.fromkeys([*TUNED, *ABLATED]))
     found = [(name, more_changed(results.change.get((name, "mean_rating"), {}))) for name in names]
-    return [Point(labels[name], 0.0, f.value, _Z * f.error) for name, f in found if f]
+    return [Point(labels[name], 0.0, f.value, Z * f.error) for name, f in found if f]
 
 
 def accuracies(results: Results, places: dict[str, tuple[str, float]]) -> list[Point]:
@@ -377,4 +253,4 @@ def accuracies(results: Results, places: dict[str, tuple[str, float]]) -> list[P
         for name, (label, place) in places.items()
         if name in results.accuracy
     ]
-    return [Point(label, place, 100 * f.value, 100 * _Z * f.error) for label, place, f in found]
+    return [Point(label, place, 100 * f.value, 100 * Z * f.error) for label, place, f in found]

@@ -10,23 +10,11 @@ from evaluate import expand
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
 from paper import Job, dataset, do, share_images, stages
-from paper_page import (
-    Claim,
-    Difference,
-    Measured,
-    accurate,
-    more_accurate,
-    more_changed,
-    read,
-    verdict,
-    write_page,
-)
-
-from vp_rl.types import ASPECTS
+from paper_page import Claim, verdict, write_page
+from paper_results import METRICS, Difference, Measured, accurate, more_accurate, more_changed, read
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (0, 1)
-METRICS = ("mean_rating", *ASPECTS, "correct")
 
 
 def jobs(folder: Path) -> list[Job]:

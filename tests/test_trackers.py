@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -70,8 +71,19 @@ def run(folder: Path, epochs: int = 1) -> None:
         trainer.fit(module, PromptDataModule(Prompts(), batch_size=4))
 
 
-def records(offline: Path) -> Iterator[proto.Record]:
-    """What W&B has written down to be sent, in LevelDB's log format: blocks of 32 KiB with whole or split records."""
+def records(run: Path) -> list[proto.Record]:
+    """What W&B has written down to be sent. Its own process writes it, and may be behind."""
+    (offline,) = (run / "wandb").glob("offline-run-*")
+    for _ in range(300):
+        found = list(written(offline))
+        if any(record.HasField("exit") for record in found):
+            return found
+        time.sleep(0.1)
+    raise TimeoutError("W&B has not finished its file.")
+
+
+def written(offline: Path) -> Iterator[proto.Record]:
+    """LevelDB's log format: blocks of 32 KiB with whole or split records."""
     (file,) = offline.glob("*.wandb")
     data, place, whole = file.read_bytes(), 7, b""
     while place + 7 <= len(data):
@@ -79,6 +91,8 @@ def records(offline: Path) -> Iterator[proto.Record]:
             place += left
             continue
         length, kind = struct.unpack_from("<HB", data, place + 4)
+        if place + 7 + length > len(data):  # still being written
+            return
         whole += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in {1, 4}:  # a whole one, or the last part
@@ -103,8 +117,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def sent(job: Path) -> list[proto.Record]:
-    (offline,) = (job / "wandb").glob("offline-run-*")
-    return list(records(offline))
+    return records(job)
 
 
 def history(sent: list[proto.Record]) -> dict[str, list[float]]:
@@ -175,7 +188,7 @@ def test_nothing_tells_whose_machine_it_was(job: Path) -> None:
     assert not list(offline.rglob("wandb-metadata.json"))
     assert not list(offline.rglob("requirements.txt"))
     assert not list(offline.rglob("output.log"))
-    for record in records(offline):
+    for record in records(job):
         for entry in record.artifact.manifest.contents:
             entry.local_path = ""
         text = str(record)
@@ -200,5 +213,4 @@ def test_a_run_that_fails_is_marked_so_and_closed(tmp_path: Path, monkeypatch: p
     with pytest.raises(RuntimeError), tracked(trainer, SETTINGS):
         raise RuntimeError
     assert wandb.run is None
-    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
-    assert [record.exit.exit_code for record in records(offline) if record.HasField("exit")] == [1]
+    assert [record.exit.exit_code for record in records(tmp_path) if record.HasField("exit")] == [1]

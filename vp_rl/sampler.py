@@ -48,6 +48,11 @@ class Sampler:
             raise ValueError(f"{setting}={(low, high)} must be two rising shares of the steps, in [0, 1].")
         return range(min(int(low * self.steps), self.steps - 1), max(1, int(high * self.steps)))
 
+    def stds(self, policy: Policy) -> Float[Tensor, " steps"]:
+        """Standard deviation of each step: it depends on the schedule alone."""
+        zeros = torch.zeros(self.steps, 1)
+        return policy.process.transition(zeros, zeros, torch.arange(self.steps), self.steps, self.eta).std
+
     @torch.no_grad()
     def sample(
         self, policy: Policy, conditioning: Conditioning, generator: Generators = None, until: int | None = None

@@ -28,7 +28,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vp_rl.algorithms.base import EpochLoader, MakeOptimizer, PolicyTraining, PromptBatches, differ
-from vp_rl.algorithms.rounds import Rollout, Scoring, Share, StepBatch, of_all, own, share_of
+from vp_rl.algorithms.rounds import Replayed, Rollout, Scoring, Share, StepBatch, of_all, own, share_of
 from vp_rl.functional import clipped_surrogate, group_advantages
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler, log_prob_of, repeat
@@ -92,7 +92,7 @@ class DDPO(PolicyTraining):
         self.inner_epochs, self.clip_range, self.advantage_clip = inner_epochs, clip_range, advantage_clip
         self.kl_weight = kl_weight
         self.branch = branch
-        stds = _stds(policy, sampler)
+        stds = sampler.stds(policy)
         window = range(sampler.steps) if branch is None else sampler.window("algorithm.branch", *branch)
         self.trained_steps = [step for step in window if stds[step] > min_std]
         if not self.trained_steps:
@@ -108,8 +108,7 @@ class DDPO(PolicyTraining):
         self._sharing = 1  # devices that each of them is on
         self._sampled_after = -1  # that many updates
         self._rounds: list[dict[str, float]] = []
-        self._updates: list[Float[Tensor, "loss_ratio_clipped samples"]] = []
-        self._drifts: list[Float[Tensor, ""]] = []
+        self._replayed = Replayed()
 
     def batches(self, prompts: PromptBatches) -> "RolloutLoader":
         """Each batch of prompts is one round: sampled when it is asked for, then served as micro-batches."""
@@ -140,12 +139,8 @@ class DDPO(PolicyTraining):
             conditioning = take(self.conditioning, batch.prompt)
             kl = self.kl_to_reference(transition, batch.latents, batch.step, conditioning)
             loss = loss + self.kl_weight * (batch.weight * kl).mean()
-        log_ratio = log_ratio.detach()
-        ratio = log_ratio.exp()
-        clipped = ((ratio - 1).abs() > self.clip_range).float()
-        self._updates.append(torch.stack([loss.detach().expand_as(ratio), ratio, clipped]))
-        if self.global_step == self._sampled_after:  # the policy is still the one that sampled
-            self._drifts.append(log_ratio.abs().max())
+        sampled = self.global_step == self._sampled_after  # by the policy as it still is
+        self._replayed.add(loss.detach(), log_ratio.detach(), self.clip_range, sampled)
         return loss
 
     def _transition(self, batch: StepBatch) -> Transition:
@@ -180,7 +175,7 @@ class DDPO(PolicyTraining):
     def on_train_epoch_start(self) -> None:
         """Starts the epoch's clock."""
         super().on_train_epoch_start()
-        self._rounds, self._updates, self._drifts = [], [], []
+        self._rounds, self._replayed = [], Replayed()
 
     def on_train_epoch_end(self) -> None:
         """Logs what the epoch's rounds gave, and where its time went."""
@@ -188,11 +183,9 @@ class DDPO(PolicyTraining):
         values = {name: sum(values[name] for values in self._rounds) / len(self._rounds) for name in self._rounds[0]}
         rolling = (values["train/seconds_sampling"] + values["train/seconds_reward"]) * len(self._rounds)
         values["train/seconds_training"] = (self.epoch_seconds() - rolling) / len(self._rounds)
-        names = "train/loss", "train/ratio", "train/clip_fraction"
-        values |= zip(names, torch.cat(self._updates, 1).mean(1).tolist(), strict=True)
-        self.log_dict(values, sync_dist=True)
-        if self._drifts:
-            self.log("train/log_prob_drift", torch.stack(self._drifts).max(), sync_dist=True, reduce_fx="max")
+        self.log_dict(values | self._replayed.means(), sync_dist=True)
+        if (drift := self._replayed.drift()) is not None:
+            self.log("train/log_prob_drift", drift, sync_dist=True, reduce_fx="max")
 
     @torch.no_grad()
     def rollout(self, batch: PromptBatch, *position: int) -> Rollout:
@@ -354,9 +347,3 @@ class RolloutLoader(EpochLoader):
 
 def _slices(number: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, number)) for start in range(0, number, size)]
-
-
-def _stds(policy: Policy, sampler: Sampler) -> Float[Tensor, " steps"]:
-    """Standard deviation of each sampling step: it depends on the schedule alone."""
-    zeros = torch.zeros(sampler.steps, 1)
-    return policy.process.transition(zeros, zeros, torch.arange(sampler.steps), sampler.steps, sampler.eta).std

@@ -71,6 +71,35 @@ def of_all(scores: Float[Tensor, "own_prompts own_images"], devices_per_prompt: 
     return rearrange(torch.stack(every), order, share=devices_per_prompt)
 
 
+class Replayed:
+    """What an epoch's micro-batches gave, looked at once: looking at each would wait for the device, and logging each
+    takes milliseconds.
+    """
+
+    def __init__(self) -> None:
+        self._values: list[Float[Tensor, "loss_ratio_clipped samples"]] = []
+        self._drifts: list[Float[Tensor, ""]] = []
+
+    def add(
+        self, loss: Float[Tensor, ""], log_ratio: Float[Tensor, " samples"], clip_range: float, sampled: bool
+    ) -> None:
+        """A micro-batch; whether the policy is still the one that `sampled` it, so that the ratio should be 1."""
+        ratio = log_ratio.exp()
+        clipped = ((ratio - 1).abs() > clip_range).float()
+        self._values.append(torch.stack([loss.expand_as(ratio), ratio, clipped]))
+        if sampled:
+            self._drifts.append(log_ratio.abs().max())
+
+    def means(self) -> dict[str, float]:
+        """Over all samples, by the metrics' names."""
+        names = "train/loss", "train/ratio", "train/clip_fraction"
+        return dict(zip(names, torch.cat(self._values, 1).mean(1).tolist(), strict=True))
+
+    def drift(self) -> Float[Tensor, ""] | None:
+        """The largest difference of two log-probabilities that should be one; None where nothing was so fresh."""
+        return torch.stack(self._drifts).max() if self._drifts else None
+
+
 class Scoring:
     """Scores the images of a round as they come, in their order.
 
