@@ -76,7 +76,8 @@ def metrics(folder: Path) -> list[dict[str, str]]:
 def test_a_run_leaves_everything_that_a_user_takes_away(tmp_path: Path) -> None:
     module = algorithm()
     trainer = fit(tmp_path, [held_out()], module=module)
-    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "report.html", "samples", "summary.json"}
+    left = {"adapter", "report.html", "samples", "scores.csv", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == left
     assert torch.load(tmp_path / "adapter" / "shift.pt", weights_only=True).item() == module.policy.shift.item() > 0
     found = summary(tmp_path)
     assert (found["prompts"], found["images"], found["epochs"]) == (12, 24, 4)
