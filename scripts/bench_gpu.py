@@ -116,15 +116,16 @@ def run(given: argparse.Namespace, pipeline: str, device: torch.device) -> None:
     for name, (rate, memory) in rows.items():
         share = f"{100 * rate * work[name] / peak:.1f}%" if name in work else ""
         print(f"| {name} | {rate:.3f} | {share} | {memory} |", flush=True)
-    ours, memory = rounds(given, policy, reward, sampler, device)
-    share = 100 * ours * sum(work.values()) / peak
-    print(f"| whole rounds | {ours:.3f} | {share:.1f}% | {memory} |", flush=True)
+
+    def whole(name: str, rate: float, memory: str) -> None:
+        print(f"| {name} | {rate:.3f} | {100 * rate * sum(work.values()) / peak:.1f}% | {memory} |", flush=True)
+
+    whole("whole rounds", *rounds(given, policy, reward, sampler, device))
     if given.trl or (ENVIRONMENT.exists() and not given.tiny):
         ours, memory = rounds(given, policy, Redness(), sampler, device)
-        share = 100 * ours * sum(work.values()) / peak
-        print(f"| whole rounds, with TRL's reward | {ours:.3f} | {share:.1f}% | {memory} |", flush=True)
+        whole("whole rounds, with TRL's reward", ours, memory)
         theirs = peer(given, pipeline, device)
-        print(f"| TRL's | {theirs:.3f} | {100 * theirs * sum(work.values()) / peak:.1f}% | |")
+        whole("TRL's", theirs, "")
         print(f"\nratio {ours / theirs:.2f}")
 
 

@@ -118,15 +118,18 @@ def run(
 
 
 def assert_same(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
-    """Advantages, exactly the same where the weights are, and there gradients to 1e-6 of their norm; metrics.
+    """Advantages, exactly the same where the weights are; each update's gradient, to 1e-6 of its norm; metrics.
 
-    After an update weights differ by rounding, and standardising magnifies that where a prompt's scores are close.
+    DDPO's later rounds are of weights that rounding has moved, and standardising magnifies that where a prompt's scores
+    are close: there advantages are the same to 1e-5, and so are gradients.
     """
+    rounds = len(expected["rounds"])
+    first = len(expected["gradients"]) // rounds if rounds else len(expected["gradients"])  # updates
     for process in found:
         assert len(process["gradients"]) == len(expected["gradients"]) > 1
         for update, (gradient, like) in enumerate(zip(process["gradients"], expected["gradients"], strict=True)):
             assert like.norm() > 0
-            assert (gradient - like).norm() <= (1e-5 if update else 1e-6) * like.norm()
+            assert (gradient - like).norm() <= (1e-6 if update < first else 1e-5) * like.norm()
         assert process["values"] == pytest.approx(expected["values"], rel=1e-5)
         assert process["values"] == found[0]["values"]
     rounds = [dict(ChainMap(*parts)) for parts in zip(*(process["rounds"] for process in found), strict=True)]
