@@ -9,6 +9,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from vp_rl.annotators.openai_chat import OpenAIChatAnnotator
 from vp_rl.interfaces import Unanswered
 
 PASSING = ["429", "500", "503", "hang", "reset", "trickle"]
+WAITED_FOR = {"hang": 1.0, "trickle": 1.0}
+"""Seconds until what never comes is given up: what does come may take a busy machine a good part of one."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +44,7 @@ def log(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("outcome", PASSING)
 def test_what_passes_is_tried_again_under_the_same_key(log: Path, outcome: str) -> None:
     with ChatServer(log, script=[outcome, outcome, "ok"], hang=5) as server:
-        assert ask(chat(server.url, timeout=0.4)).text
+        assert ask(chat(server.url, timeout=WAITED_FOR.get(outcome, 20.0))).text
     assert server.outcomes() == [outcome, outcome, "ok"]
     assert [request["retry"] for request in server.requests] == [0, 1, 2]
     assert len({request["key"] for request in server.requests}) == 1
@@ -51,7 +54,7 @@ def test_what_passes_is_tried_again_under_the_same_key(log: Path, outcome: str) 
 @pytest.mark.parametrize("outcome", PASSING)
 def test_what_does_not_pass_in_time_is_left_for_later(log: Path, outcome: str) -> None:
     with ChatServer(log, script=[outcome] * 9, hang=5) as server, pytest.raises(Unanswered, match=server.url):
-        ask(chat(server.url, timeout=0.4))
+        ask(chat(server.url, timeout=WAITED_FOR.get(outcome, 20.0)))
     assert server.outcomes() == [outcome] * 3
 
 
@@ -105,39 +108,38 @@ def test_a_server_that_takes_fewer_at_once_is_not_overrun(log: Path) -> None:
 
 
 def test_a_hostile_server_changes_no_rating_and_loses_no_question(log: Path) -> None:
+    """Each question ends by the last answer it got; those before it did not arrive, or were no answers."""
     rates = dict(HOSTILE)
     with ChatServer(log, faults=rates, retry_after=0.02, latency=0.01, hang=5) as server:
         annotator = OpenAIChatAnnotator(chat(server.url, retries=9, concurrency=16, timeout=0.4))
-        ended: Counter[str] = Counter()
 
-        async def one(number: int) -> None:
-            answer = await annotator.ask(f"prompt {number}", IMAGES, "fidelity")
+        async def one(number: int) -> str:
+            prompt = f"prompt {number}"
+            answer = await annotator.ask(prompt, IMAGES, "fidelity")
             if answer.refused:
-                ended["refused"] += 1
-                return
+                return "refused"
             try:
                 given = annotator.read(answer.text, len(IMAGES))
             except ValueError:
-                ended["unreadable"] += 1
-                return
-            ended["rated"] += 1
-            assert [r.rating for r in given] == [rating_of(f"prompt {number}", image, "fidelity") for image in IMAGES]
+                return "unreadable"
+            assert [r.rating for r in given] == [rating_of(prompt, image, "fidelity") for image in IMAGES]
+            return "rated"
 
-        async def all_of_them() -> None:
+        async def all_of_them() -> list[str]:
             gate = asyncio.Semaphore(annotator.concurrency)
 
-            async def gated(number: int) -> None:
+            async def gated(number: int) -> str:
                 async with gate:
-                    await one(number)
+                    return await one(number)
 
-            await asyncio.gather(*(gated(number) for number in range(150)))
+            return await asyncio.gather(*(gated(number) for number in range(150)))
 
-        asyncio.run(all_of_them())
-    seen = Counter(server.outcomes())
-    assert ended["rated"] == seen["ok"]
-    assert ended["refused"] == seen["refusal"]
-    assert ended["unreadable"] == sum(seen[outcome] for outcome in UNREADABLE)
-    assert ended.total() == 150
+        ended = {f"prompt {number}": end for number, end in enumerate(asyncio.run(all_of_them()))}
+    # An answer may come too late on a busy machine, and is asked for again: how often it was sent says nothing.
+    last = {request["prompt"]: request["outcome"] for request in sorted(server.requests, key=itemgetter("number"))}
+    means = {"ok": "rated", "refusal": "refused"} | dict.fromkeys(UNREADABLE, "unreadable")
+    assert ended == {prompt: means[outcome] for prompt, outcome in last.items()}
+    assert Counter(ended.values()).keys() == {"rated", "refused", "unreadable"}
 
 
 # --- failures that do not pass
