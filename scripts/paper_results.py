@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -35,7 +35,9 @@ class Measured(NamedTuple):
 
     value: float
     error: float
-    """Standard error, from its interval over held-out prompts."""
+    """Standard error over held-out prompts."""
+    parts: Float[np.ndarray, " prompts"] | None = None
+    """What each prompt adds to the error, where that is known: they add up to zero, and their squares to its square."""
 
 
 Found = dict[int, Measured]
@@ -70,30 +72,57 @@ def read(folder: Path, seeds: Sequence[int]) -> Results:
     accuracy: dict[str, Found] = {}
     change: dict[tuple[str, str], Changes] = {}
     for seed in seeds:
-        for entry in load(folder / f"accuracy-{seed}" / "accuracy.json", []):
-            name = entry["reward"].removeprefix("reward-").removesuffix(f"-{seed}")
-            accuracy.setdefault(name, {})[seed] = measured(next(iter(entry["accuracy"].values())), "share")
-        table = load(folder / f"reward-all-{seed}" / "summary.json", {}).get("accuracy", {})
+        for reward, found in accuracies(folder / f"accuracy-{seed}" / "by_prompt.csv").items():
+            name = reward.removeprefix("reward-").removesuffix(f"-{seed}")
+            accuracy.setdefault(name, {})[seed] = found
+        summary = folder / f"reward-all-{seed}" / "summary.json"
+        table = json.loads(summary.read_text(encoding="utf-8"))["accuracy"] if summary.is_file() else {}
         for name, by_rule in table.items():
             if "noisy" in name:
-                accuracy.setdefault("annotator", {})[seed] = measured(by_rule["mean"], "share")
+                own = by_rule["mean"]
+                error = (own["high"] - own["low"]) / (2 * Z)
+                accuracy.setdefault("annotator", {})[seed] = Measured(own["share"], error)
         for name in {**TUNED, **ABLATED}:
             for metric, values in changes(folder / f"{name}-{seed}" / "scores.csv").items():
                 change.setdefault((name, metric), {})[seed] = values
     return Results(accuracy, change)
 
 
-def load(file: Path, otherwise: Any) -> Any:
-    """A JSON file, where there is one."""
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else otherwise
+def accuracies(file: Path) -> dict[str, Measured]:
+    """By reward: its share of right pairs, by the first protocol of the file."""
+    rows = read_csv(file)
+    rows = [row for row in rows if row["protocol"] == rows[0]["protocol"]]
+    found = {}
+    for reward in dict.fromkeys(row["reward"] for row in rows):
+        # A prompt is at the same place for every reward: they are read from one set.
+        own = np.array([(row["earned"], row["possible"]) for row in rows if row["reward"] == reward], float)
+        right, pairs = own.T
+        value, prompts = right.sum() / pairs.sum(), len(own)
+        parts = (
+            (right - value * pairs) / pairs.sum() * math.sqrt(prompts / max(1, prompts - 1))
+        )  # of a ratio, linearised
+        found[reward] = Measured(float(value), norm(parts), parts)
+    return found
+
+
+def read_csv(file: Path) -> list[dict[str, str]]:
+    """The rows of a table, where there is one."""
+    if not file.is_file():
+        return []
+    with file.open(newline="", encoding="utf-8") as opened:
+        return list(csv.DictReader(opened))
+
+
+def norm(parts: Float[np.ndarray, " prompts"]) -> float:
+    """The standard error that they make together."""
+    return float(np.linalg.norm(parts))
 
 
 def changes(file: Path) -> dict[str, Float[np.ndarray, " prompts"]]:
     """By metric: how much more the tuned model's images of a prompt have than the base's, averaged over their seeds."""
-    if not file.is_file():
+    rows = read_csv(file)
+    if not rows:
         return {}
-    with file.open(newline="", encoding="utf-8") as opened:
-        rows = list(csv.DictReader(opened))
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     by_prompt = {
         metric: [
@@ -105,24 +134,26 @@ def changes(file: Path) -> dict[str, Float[np.ndarray, " prompts"]]:
     return {metric: np.array(values).mean(1) for metric, values in by_prompt.items()}
 
 
-def measured(found: dict[str, float], key: str) -> Measured:
-    """A number with a standard error as wide as its interval says."""
-    return Measured(found[key], (found["high"] - found["low"]) / (2 * Z))
-
-
 def accurate(found: Found) -> Difference:
-    """A reward's accuracy over seeds. All have the same prompts, so several are no surer of them than one."""
-    within = fmean(each.error for each in found.values())
-    return difference([each.value for each in found.values()], within)
+    """A reward's accuracy over seeds."""
+    each = list(found.values())
+    return difference([one.value for one in each], together([one.parts for one in each], [one.error for one in each]))
 
 
 def more_accurate(one: Found, other: Found) -> Difference | None:
-    """How much more often `one` is right than `other`, over the seeds that both have."""
+    """How much more often `one` is right than `other`, over the seeds that both have; by prompt, if it can be."""
     both = [(one[seed], other[seed]) for seed in one if seed in other]
     if not both:
         return None
-    within = fmean(math.hypot(a.error, b.error) for a, b in both)
+    parts = [None if a.parts is None or b.parts is None else a.parts - b.parts for a, b in both]
+    within = together(parts, [math.hypot(a.error, b.error) for a, b in both])
     return difference([a.value - b.value for a, b in both], within)
+
+
+def together(parts: Sequence[Float[np.ndarray, " prompts"] | None], errors: Sequence[float]) -> float:
+    """Error of a mean over seeds. All have the same prompts, so that several are little surer of them than one."""
+    known = [each for each in parts if each is not None]
+    return norm(np.mean(known, axis=0)) if len(known) == len(parts) else fmean(errors)
 
 
 def more_changed(one: Changes, other: Changes | None = None) -> Difference | None:

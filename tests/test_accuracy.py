@@ -1,10 +1,21 @@
 """Pairwise accuracy: closed forms, chance, and intervals that cover."""
 
+import math
+
 import numpy as np
 import pytest
 
 from vp_rl.data.sets.base import Outcome
-from vp_rl.evaluation.accuracy import Accuracy, accuracy, as_markdown, pairwise_accuracy, preferred, share
+from vp_rl.evaluation.accuracy import (
+    Accuracy,
+    Lead,
+    accuracy,
+    as_markdown,
+    lead,
+    pairwise_accuracy,
+    preferred,
+    share,
+)
 from vp_rl.evaluation.protocols import POOLED
 from vp_rl.types import ASPECTS
 
@@ -119,6 +130,47 @@ def test_judgements_of_one_prompt_are_drawn_together() -> None:
     # 2 x 1.96 sqrt(0.25 / n) = 0.277 and 0.139; quantiles of shares fall on steps of 0.02 and 0.005.
     assert together.high - together.low == pytest.approx(0.277, abs=0.03)
     assert apart.high - apart.low == pytest.approx(0.139, abs=0.015)
+
+
+def by_pairs(right: np.ndarray, pairs: int, prompts: list[str] | None = None) -> Outcome:
+    """So many pairs right of each prompt's."""
+    names = [f"{number}" for number in range(len(right))] if prompts is None else prompts
+    return Outcome(right.astype(float), np.full(len(right), float(pairs)), names, POOLED)
+
+
+def test_a_lead_is_as_sure_as_the_prompts_agree_on_it_however_much_they_differ() -> None:
+    right = np.arange(12) % 4  # some prompts are hard for both
+    one, other = by_pairs(right + 1, 4), by_pairs(right, 4)
+    assert lead(one, other) == pytest.approx(Lead(0.25, 0.25, 0.25))
+    assert lead(other, one) == pytest.approx(Lead(-0.25, -0.25, -0.25))
+    assert accuracy(one).low < accuracy(other).high  # which by themselves would leave it open
+
+
+def test_a_lead_is_the_difference_of_shares_and_not_the_mean_over_prompts() -> None:
+    one = Outcome(np.array([1.0, 6.0]), np.array([1.0, 9.0]), ["a", "b"], POOLED)
+    other = Outcome(np.array([0.0, 3.0]), np.array([1.0, 9.0]), ["a", "b"], POOLED)
+    assert lead(one, other).value == pytest.approx(0.7 - 0.3)
+
+
+def test_prompts_are_matched_by_their_text_and_those_of_one_side_only_are_left_out() -> None:
+    one = by_pairs(np.array([4, 2, 0]), 4, ["a", "b", "only here"])
+    other = by_pairs(np.array([1, 1, 2, 4]), 4, ["b", "b", "a", "only there"])  # b twice, as sets of pairs have it
+    assert lead(one, other).value == pytest.approx(6 / 8 - 4 / 12)
+    assert all(np.isnan(lead(by_pairs(np.array([1]), 4, ["a"]), by_pairs(np.array([1]), 4, ["b"]))))
+
+
+def test_rewards_that_are_equally_good_seldom_have_a_lead() -> None:
+    rng, found, wider = np.random.default_rng(2), [], []
+    for _ in range(200):
+        hard = rng.uniform(0.2, 1, 100)  # a prompt is as hard for one as for the other
+        both = [by_pairs(rng.binomial(6, hard), 6) for _ in range(2)]
+        found.append(lead(*both))
+        unpaired = math.hypot(*(each.high - each.low for each in map(accuracy, both)))
+        wider.append(unpaired / (found[-1].high - found[-1].low))
+    # Binomial(200, 0.05) is above 20 once in a thousand.
+    assert sum(not each.low <= 0 <= each.high for each in found) <= 20
+    # A share varies by p (1 - p) / 6 in a prompt, 0.031 on average, and by 0.64 / 12 between prompts, which cancels.
+    assert np.mean(wider) == pytest.approx(((0.031 + 0.0533) / 0.031) ** 0.5, rel=0.05)
 
 
 def test_an_outcome_without_anything_to_earn_is_not_a_number() -> None:

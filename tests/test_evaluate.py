@@ -1,5 +1,6 @@
 """`scripts/evaluate.py accuracy`: from a command to one table of rewards and sets, published numbers beside."""
 
+import csv
 import io
 import json
 import subprocess
@@ -68,7 +69,7 @@ def scores_of(them: list[Judged], sign: float = -1.0) -> Scores:
 def test_a_reward_of_the_peoples_order_is_right_everywhere() -> None:
     them = judged()
     result = measure("same", Made(), them, scores_of(them))
-    assert [m.protocol for m in result.measured] == [protocols.PROMPTS, protocols.POOLED]
+    assert [m.outcome.protocol for m in result.measured] == [protocols.PROMPTS, protocols.POOLED]
     assert [m.accuracy.share for m in result.measured] == [1, 1]
     assert {name: each.share for name, each in result.aspects.items()} == {ALL_ASPECTS: 0.5, "one": 1, "other": 0}
     assert [each.accuracy.share for each in result.generators.values()] == [1, 1]
@@ -180,6 +181,25 @@ def test_all_numbers_are_in_the_json_and_none_of_them_needs_another_reader(tmp_p
     assert set(found["generators"]) == {"sd", "xl"}
 
 
+def test_rewards_are_compared_prompt_by_prompt_with_the_first_of_them(tmp_path: Path) -> None:
+    them = judged()
+    right, wrong = (measure(name, Made(), them, scores_of(them, sign)) for name, sign in (("<b>", -1.0), ("bad", 1.0)))
+    page = write([right, wrong], tmp_path, "").read_text()
+    assert "More often right than &lt;b&gt;" in page
+    assert "<td>-100.0<small>[-100.0, -100.0]</small></td>" in page
+    assert "| bad | -100.0 [-100.0, -100.0] | -100.0 [-100.0, -100.0] |" in (tmp_path / "accuracy.md").read_text()
+    first, other = json.loads((tmp_path / "accuracy.json").read_text())
+    assert first["more_than"] == {}
+    assert other["more_than"] == {"<b>": dict.fromkeys(first["accuracy"], {"value": -1, "low": -1, "high": -1})}
+    with (tmp_path / "by_prompt.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["reward"] == "<b>" and row["protocol"] == protocols.POOLED]
+    assert [row["prompt"] for row in rows] == [each.prompt for each in them]
+    assert sum(float(row["possible"]) for row in rows) == first["accuracy"][protocols.POOLED]["pairs"]
+    assert [row["earned"] for row in rows] == [row["possible"] for row in rows]
+    alone = write([right], tmp_path, "").read_text()
+    assert "More often right" not in alone
+
+
 def test_published_numbers_stand_in_the_column_of_their_protocol_and_name_their_source(tmp_path: Path) -> None:
     them = judged()
     write([measure("mine", Made(HPD_V2), them, scores_of(them))], tmp_path, "")
@@ -278,11 +298,13 @@ def test_two_rewards_on_three_sets_end_to_end_offline(tmp_path: Path) -> None:
     assert [(each.reward, each.title) for each in results] == [
         (reward, title) for reward in ("vp_score", "blip") for title in ("HPD v2", "Pick-a-Pic", "VisionPrefer")
     ]
-    assert [m.protocol for m in results[0].measured] == [protocols.INVERSIONS, protocols.POOLED]
+    assert [m.outcome.protocol for m in results[0].measured] == [protocols.INVERSIONS, protocols.POOLED]
     assert set(results[0].unreadable) == {"2c.jpg"}
-    assert "chosen on 2 other pairs" in results[1].measured[0].note
-    assert results == evaluate(settings)  # from the scores that were kept
+    assert "chosen on 2 other pairs" in results[1].measured[0].outcome.note
     page = write(results, tmp_path / "out", "python scripts/evaluate.py accuracy").read_text()
+    numbers = (tmp_path / "out" / "accuracy.json").read_text()
+    write(evaluate(settings), tmp_path / "out", "")  # from the scores that were kept
+    assert (tmp_path / "out" / "accuracy.json").read_text() == numbers
     assert "2c.jpg" in page
     assert "published in: HPS v2 README" in page
 

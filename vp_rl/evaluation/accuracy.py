@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -25,6 +26,17 @@ class Accuracy:
 
     def __str__(self) -> str:
         return f"{self.share:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.pairs} pairs"
+
+
+class Lead(NamedTuple):
+    """How much more often one predictor is right than another on the same prompts, as a difference of shares.
+
+    Its 95% interval draws each prompt with both of them: what makes a prompt hard for both says nothing against either.
+    """
+
+    value: float
+    low: float
+    high: float
 
 
 def pairwise_accuracy(
@@ -68,25 +80,54 @@ def preferred(right: Bool[np.ndarray, " pairs"], prompts: Sequence[str]) -> Accu
 
 def accuracy(outcome: Outcome) -> Accuracy:
     """A protocol's accuracy; prompts of the same text are drawn together. `pairs` counts prompts where it averages."""
-    cluster = np.unique(outcome.prompts, return_inverse=True)[1]
-    earned, possible = (np.bincount(cluster, values).astype(float) for values in (outcome.earned, outcome.possible))
-    return share(earned, possible)
+    return share(*_by_text(outcome))
+
+
+def lead(one: Outcome, other: Outcome) -> Lead:
+    """By one protocol, on the prompts that both were measured on; not a number where there is none with a pair."""
+    both = set(one.prompts) & set(other.prompts)
+    sums = np.stack([each for outcome in (one, other) for each in _by_text(_only(outcome, both))], 1)
+    if not sums[:, 1].sum() or not sums[:, 3].sum():
+        return Lead(float("nan"), float("nan"), float("nan"))
+    drawn = _drawn(sums)
+    drawn = drawn[(drawn[:, 1] > 0) & (drawn[:, 3] > 0)]
+    gaps = drawn[:, 0] / drawn[:, 1] - drawn[:, 2] / drawn[:, 3]
+    total = sums.sum(0)
+    low, high = np.quantile(gaps, [0.025, 0.975])
+    return Lead(float(total[0] / total[1] - total[2] / total[3]), float(low), float(high))
 
 
 def share(right: Float[np.ndarray, " prompts"], total: Float[np.ndarray, " prompts"]) -> Accuracy:
     """sum(right) / sum(total) with an interval from drawing prompts with replacement; not a number without a pair."""
     if not total.sum():
         return Accuracy(float("nan"), float("nan"), float("nan"), 0)
-    rng = np.random.default_rng(0)
-    even = np.full(len(total), 1 / len(total))
-    both = np.stack([right, total], 1)
-    # A few draws at a time: the weights of all of them would be 2000 numbers a prompt.
-    sums = np.concatenate(
-        [rng.multinomial(len(total), even, size=_AT_ONCE) @ both for _ in range(0, _RESAMPLES, _AT_ONCE)]
-    )
-    drawn = sums[sums[:, 1] > 0]
+    drawn = _drawn(np.stack([right, total], 1))
+    drawn = drawn[drawn[:, 1] > 0]
     low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
     return Accuracy(float(right.sum() / total.sum()), float(low), float(high), int(total.sum()))
+
+
+def _by_text(outcome: Outcome) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
+    """What was earned and what could be, by text of the prompt, texts being sorted."""
+    cluster = np.unique(outcome.prompts, return_inverse=True)[1]
+    earned, possible = (np.bincount(cluster, values).astype(float) for values in (outcome.earned, outcome.possible))
+    return earned, possible
+
+
+def _only(outcome: Outcome, prompts: set[str]) -> Outcome:
+    kept = np.array([prompt in prompts for prompt in outcome.prompts], bool)
+    named = [prompt for prompt in outcome.prompts if prompt in prompts]
+    return outcome._replace(earned=outcome.earned[kept], possible=outcome.possible[kept], prompts=named)
+
+
+def _drawn(sums: Float[np.ndarray, "prompts columns"]) -> Float[np.ndarray, "draws columns"]:
+    """Totals over as many prompts as there are, drawn with replacement, again and again."""
+    rng = np.random.default_rng(0)
+    even = np.full(len(sums), 1 / len(sums))
+    # A few draws at a time: the weights of all of them would be 2000 numbers a prompt.
+    return np.concatenate(
+        [rng.multinomial(len(sums), even, size=_AT_ONCE) @ sums for _ in range(0, _RESAMPLES, _AT_ONCE)]
+    )
 
 
 def as_markdown(columns: dict[str, dict[str, Accuracy]]) -> str:

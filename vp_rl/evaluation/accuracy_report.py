@@ -1,5 +1,6 @@
 """What an evaluation of rewards leaves: `accuracy.md` and the page `accuracy.html`, published numbers included."""
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-from vp_rl.evaluation.accuracy import Accuracy
+from vp_rl.evaluation.accuracy import Accuracy, Lead, lead
 from vp_rl.evaluation.calibration import as_png, as_svg
 from vp_rl.evaluation.human_accuracy import Result
 from vp_rl.evaluation.published import Column, published
@@ -18,6 +19,9 @@ _PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("vp_rl.evaluation", "."), autoescape=True, undefined=jinja2.StrictUndefined
 )
 _NAMED = 20  # unreadable images
+
+_Leads = Mapping[tuple[str, str], dict[str, Lead]]
+"""Of each set and each reward but its first, by protocol."""
 
 
 class Cell(NamedTuple):
@@ -45,6 +49,10 @@ class Section(NamedTuple):
     protocols: list[str]
     lines: list[Line]
     """A reward a line, a protocol a column."""
+    first: str
+    """The reward that the others are compared with."""
+    leads: list[Line]
+    """What each of the others has over it, a protocol a column."""
     aspects: list[str]
     by_aspect: list[Line]
     generators: list[str]
@@ -53,22 +61,29 @@ class Section(NamedTuple):
 
 
 def write(results: Sequence[Result], folder: Path, command: str) -> Path:
-    """Writes the report, `calibration-*.png`, and `accuracy.json` with all numbers; returns the page's path.
+    """Writes the report, `calibration-*.png`, `accuracy.json` with all numbers, and `by_prompt.csv`.
+
+    The last has what every reward earned of what could be earned, by set, protocol and prompt.
 
     Args:
         results: of every reward on every set, one after the other.
         command: what made them.
+
+    Returns:
+        The page's path.
     """
     folder.mkdir(parents=True, exist_ok=True)
     titles = list(dict.fromkeys(result.title for result in results))
     by_set = {title: [result for result in results if result.title == title] for title in titles}
-    columns = [(title, m.protocol) for title, own in by_set.items() for m in own[0].measured]
+    columns = [(title, m.outcome.protocol) for title, own in by_set.items() for m in own[0].measured]
     overview = [*_measured(results, columns), *_published(titles, columns)]
-    sections = [_section(title, own) for title, own in by_set.items()]
+    ahead = {(r.title, r.reward): _more_than(r, own[0]) for own in by_set.values() for r in own[1:]}
+    sections = [_section(title, own, ahead) for title, own in by_set.items()]
     pictures = {title: f"calibration-{number}.png" for number, title in enumerate(titles, start=1)}
     for title, own in by_set.items():
         as_png({result.reward: result.calibration for result in own}, folder / pictures[title])
-    numbers = json.dumps([_plain(result) for result in results], indent=2)
+    numbers = json.dumps([_plain(result, by_set[result.title][0].reward, ahead) for result in results], indent=2)
+    _write_by_prompt(results, folder / "by_prompt.csv")
     (folder / "accuracy.json").write_text(numbers + "\n", encoding="utf-8")
     (folder / "accuracy.md").write_text(_markdown(columns, overview, sections, pictures), encoding="utf-8")
     page = _PAGES.get_template("accuracy.html").render(
@@ -81,7 +96,7 @@ def write(results: Sequence[Result], folder: Path, command: str) -> Path:
 def console(results: Sequence[Result]) -> str:
     """A table for a terminal: a line for each reward, set and protocol."""
     rows = [
-        (result.reward, result.title, m.protocol, _text(_cell(m.accuracy)))
+        (result.reward, result.title, m.outcome.protocol, _text(_cell(m.accuracy)))
         for result in results
         for m in result.measured
     ]
@@ -91,7 +106,7 @@ def console(results: Sequence[Result]) -> str:
 def _measured(results: Sequence[Result], columns: Sequence[Column]) -> list[Line]:
     lines = []
     for name in dict.fromkeys(result.reward for result in results):
-        own = {(r.title, m.protocol): m.accuracy for r in results if r.reward == name for m in r.measured}
+        own = {(r.title, m.outcome.protocol): m.accuracy for r in results if r.reward == name for m in r.measured}
         lines.append(Line(name, [_cell(own[column]) if column in own else Cell() for column in columns]))
     return lines
 
@@ -109,7 +124,7 @@ def _digits(value: float) -> str:
     return max(f"{value:.1f}", f"{value:g}", key=len)
 
 
-def _section(title: str, results: Sequence[Result]) -> Section:
+def _section(title: str, results: Sequence[Result], ahead: _Leads) -> Section:
     first = results[0]
     aspects = list(dict.fromkeys(name for result in results for name in result.aspects))
     generators = list(dict.fromkeys(name for result in results for name in result.generators))
@@ -117,14 +132,22 @@ def _section(title: str, results: Sequence[Result]) -> Section:
         title=title,
         about=f"{first.prompts:,} prompts or pairs, {first.images:,} images",
         notes=_notes(results),
-        protocols=[m.protocol for m in first.measured],
+        protocols=[m.outcome.protocol for m in first.measured],
         lines=[Line(result.reward, [_cell(m.accuracy) for m in result.measured]) for result in results],
+        first=first.reward,
+        leads=[Line(each.reward, list(map(_lead, ahead[title, each.reward].values()))) for each in results[1:]],
         aspects=[name.replace("_", " ") for name in aspects],
         by_aspect=[Line(result.reward, [_cell(result.aspects[name]) for name in aspects]) for result in results],
         generators=generators,
         by_generator=_by_generator(results, generators),
         svg=as_svg({result.reward: result.calibration for result in results}),
     )
+
+
+def _more_than(result: Result, first: Result) -> dict[str, Lead]:
+    """What a reward has over another on the same set, by protocol."""
+    others = {m.outcome.protocol: m.outcome for m in first.measured}
+    return {m.outcome.protocol: lead(m.outcome, others[m.outcome.protocol]) for m in result.measured}
 
 
 def _by_generator(results: Sequence[Result], generators: Sequence[str]) -> list[Line]:
@@ -142,7 +165,7 @@ def _by_generator(results: Sequence[Result], generators: Sequence[str]) -> list[
 def _notes(results: Sequence[Result]) -> list[str]:
     """What must be known of a set's numbers."""
     notes = [results[0].about] if results[0].about else []
-    notes += [f"{result.reward}: {m.note}." for result in results for m in result.measured if m.note]
+    notes += [f"{result.reward}: {m.outcome.note}." for result in results for m in result.measured if m.outcome.note]
     unreadable = {name: problem for result in results for name, problem in result.unreadable.items()}
     if unreadable:
         named = [f"{name} ({problem})" for name, problem in list(unreadable.items())[:_NAMED]]
@@ -155,6 +178,11 @@ def _notes(results: Sequence[Result]) -> list[str]:
 
 def _cell(accuracy: Accuracy) -> Cell:
     return Cell(f"{100 * accuracy.share:.1f}", _interval(accuracy)) if accuracy.pairs else Cell()
+
+
+def _lead(found: Lead) -> Cell:
+    low, high = 100 * found.low, 100 * found.high
+    return Cell(f"{100 * found.value:+.1f}", f"[{low:+.1f}, {high:+.1f}]") if found.value == found.value else Cell()
 
 
 def _share(value: float) -> Cell:
@@ -174,6 +202,11 @@ def _markdown(
     for section in sections:
         parts += [f"## {escape(section.title)}", f"{section.about}."]
         parts += [Markdown(f"- {escape(note)}") for note in section.notes]
+        if section.leads:
+            parts.append(f"More than {escape(section.first)}, prompt by prompt, in points:")
+            parts.append(
+                table(["", *section.protocols], [[each.name, *map(_text, each.cells)] for each in section.leads])
+            )
         for names, lines in ((section.aspects, section.by_aspect), (section.generators, section.by_generator)):
             if names:
                 parts.append(table(["", *names], [[line.name, *map(_text, line.cells)] for line in lines]))
@@ -191,14 +224,26 @@ def _text(cell: Cell) -> Markdown:
     return Markdown(f"{cell.value} {cell.interval}".strip())
 
 
-def _plain(result: Result) -> dict[str, Any]:
+def _write_by_prompt(results: Sequence[Result], file: Path) -> None:
+    with file.open("w", newline="", encoding="utf-8") as opened:
+        writer = csv.writer(opened)
+        writer.writerow(["set", "protocol", "reward", "prompt", "earned", "possible"])
+        for result in results:
+            for earned, possible, prompts, protocol, _ in (m.outcome for m in result.measured):
+                for row in zip(prompts, earned.tolist(), possible.tolist(), strict=True):
+                    writer.writerow([result.title, protocol, result.reward, *row])
+
+
+def _plain(result: Result, first: str, ahead: _Leads) -> dict[str, Any]:
+    over = ahead.get((result.title, result.reward), {})
     return {
         "reward": result.reward,
         "set": result.title,
         "prompts": result.prompts,
         "images": result.images,
         "unreadable": result.unreadable,
-        "accuracy": {m.protocol: {**vars(m.accuracy), "note": m.note} for m in result.measured},
+        "accuracy": {m.outcome.protocol: {**vars(m.accuracy), "note": m.outcome.note} for m in result.measured},
+        "more_than": {first: {name: each._asdict() for name, each in over.items()}} if over else {},
         "aspects": {name: vars(each) for name, each in result.aspects.items()},
         "generators": {
             name: {**vars(each.accuracy), "wins_by_people": each.people, "wins_by_reward": each.reward}

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from vp_rl.data.sets.base import HumanSet, Judged, Protocol, Scored
+from vp_rl.data.sets.base import HumanSet, Judged, Outcome, Protocol, Scored
 from vp_rl.evaluation.accuracy import Accuracy, accuracy, share
 from vp_rl.evaluation.protocols import pooled
 from vp_rl.evaluation.scoring import Scores
@@ -23,9 +23,9 @@ Reported = Sequence[tuple[Judged, np.ndarray]]
 class Measured(NamedTuple):
     """An accuracy with the protocol that it is by."""
 
-    protocol: str
     accuracy: Accuracy
-    note: str
+    outcome: Outcome
+    """What it is from, prompt by prompt."""
 
 
 class GeneratorSlice(NamedTuple):
@@ -116,7 +116,7 @@ def _cut(each: Judged, scores: Scores) -> tuple[Judged, Float[np.ndarray, " imag
 def _measured(protocols: Sequence[Protocol], scored: Sequence[Scored]) -> list[Measured]:
     outcomes = [protocol(scored) for protocol in (*protocols, pooled)]
     by_name = {outcome.protocol: outcome for outcome in outcomes}  # the pooled one may be there twice
-    return [Measured(name, accuracy(outcome), outcome.note) for name, outcome in by_name.items()]
+    return [Measured(accuracy(outcome), outcome) for outcome in by_name.values()]
 
 
 def _aspects(reported: Reported) -> dict[str, Accuracy]:
