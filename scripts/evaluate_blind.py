@@ -1,4 +1,4 @@
-"""People compare an adapter's images with its base model's, blind: what they answered.
+"""People compare an adapter's images with its base model's, or another adapter's, blind: what they answered.
 
     python scripts/evaluate.py images adapter=RUN blind.pairs=60          # writes the page and its key
     python scripts/evaluate.py blind RUN/evaluation/blind answers-*.json  # what people saved from the page
@@ -18,6 +18,7 @@ from vp_rl.annotators.wording import read_guidelines
 from vp_rl.evaluation import blind
 from vp_rl.evaluation.blind_answers import read_answers, results
 from vp_rl.evaluation.blind_report import console, write
+from vp_rl.evaluation.compare import BASE, Rival
 from vp_rl.evaluation.images import Evaluation
 from vp_rl.evaluation.settings import public
 from vp_rl.types import ASPECTS
@@ -39,7 +40,9 @@ def check(pairs: int, aspects: Sequence[str]) -> None:
         raise ValueError(f"blind.aspects={shown}: give a list, as [overall], of {', '.join((OVERALL, *ASPECTS))}.")
 
 
-def ask(folder: Path, base: Evaluation, tuned: Evaluation, pairs: int, aspects: Sequence[str]) -> None:
+def ask(
+    folder: Path, base: Evaluation, tuned: Evaluation, pairs: int, aspects: Sequence[str], rival: Rival = BASE
+) -> None:
     """Writes the page on which people compare them, and says where it is.
 
     Raises:
@@ -47,7 +50,9 @@ def ask(folder: Path, base: Evaluation, tuned: Evaluation, pairs: int, aspects: 
     """
     check(pairs, aspects)
     rated = read_guidelines([aspect for aspect in aspects if aspect != OVERALL], None)
-    page = blind.write_page(folder, base, tuned, pairs, {a: rated.get(a, blind.GUIDELINE) for a in aspects})
+    page = blind.write_page(
+        folder, base, tuned, pairs, {a: rated.get(a, blind.GUIDELINE) for a in aspects}, rival=rival
+    )
     number = len(blind.read_key(folder).pairs)
     if number < pairs:
         few = "there are no more" if number == len(base.prompts) else "a page of them all would be above 10 MB"

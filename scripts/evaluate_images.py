@@ -1,6 +1,7 @@
-"""A run's adapter against its base model: what `python scripts/evaluate.py images` does."""
+"""A run's adapter against its base model, or against another adapter: what `python scripts/evaluate.py images` does."""
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from run_settings import command, device_of, find, images_by, names_in, plain_errors, said, sampler_of, with_given
 from tqdm import tqdm
 
+from vp_rl.evaluation.compare import BASE, OTHER
 from vp_rl.evaluation.conclusion import ALONE, PAIRS, conclude, publish
 from vp_rl.evaluation.distances import Encoder, distances, images_in, sees_whole
 from vp_rl.evaluation.duel import duels
@@ -40,11 +42,16 @@ def images(config: DictConfig) -> None:
 def expand(arguments: Sequence[str]) -> list[str]:
     """Turns `panel=[a,b]` and `distances=a` into what Hydra puts in place; and adds to what a run's nodes have.
 
+    What comes of `against=` has a folder of its own, so that it does not take the place of what came of the base model.
+
     Raises:
         ValueError: the list has no name in it, or one twice.
     """
-    chosen = {argument.partition("=")[0] for argument in arguments}
+    given = {key: value for key, _, value in (argument.partition("=") for argument in arguments)}
     found: list[str] = []
+    if "against" in given and "folder" not in given:
+        name = "_".join(part for part in Path(given["against"]).parts[-2:] if part != "adapter")
+        found.append(f"folder=${{adapter}}/against_{re.sub(r'[^A-Za-z0-9._-]+', '_', name).strip('_')}")
     for argument in arguments:
         key, _, value = argument.partition("=")
         node, dot, _ = key.partition(".")
@@ -54,7 +61,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
             found += [f"+reward@distances.encoder={names[0]}", f"+distances.name={names[0]}"]
         elif key == "panel":
             found += [f"+reward@panel.{name}={name}" for name in names_in(argument)]
-        elif dot and (node == "sampler" or (node in _NODES and node not in chosen)):
+        elif dot and (node == "sampler" or (node in _NODES and node not in given)):
             found.append(f"+{argument}")
         else:
             found.append(argument)
@@ -71,12 +78,13 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         ValueError, OSError: the adapter, or something else that is named, is not there or does not fit.
     """
     adapter, whole = complete(config)
+    other = None if config.against is None else find(Path(config.against), "against")
     check(config.blind.pairs, config.blind.aspects)
     folder, started = Path(config.folder), time.monotonic()
     torch.manual_seed(config.seed)
     device = device_of(config.device)
     evaluator: Evaluator = instantiate(whole.evaluation, _convert_="all")
-    policy: Policy = instantiate(whole.policy).to(device)
+    policy: Policy = instantiate(whole.policy)
     reward: Reward = instantiate(whole.reward).to(device).requires_grad_(False).eval()
     encoder = _encoder(config, device)
     policy.load_adapter(adapter)
@@ -87,14 +95,23 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         rewards[name] = fingerprint(each.eval(), said(whole.evaluation.panel[name]))
     settings = images_by(whole.policy, device)
     frozen = fingerprint(policy, settings, trained=False)
-    with policy.reference():
-        base = _run(evaluator, policy, reward, Kept(store, frozen, frozen, rewards), "base model")
+    if other is None:
+        rival = BASE
+        with policy.to(device).reference():
+            base = _run(evaluator, policy, reward, Kept(store, frozen, frozen, rewards), rival.name)
+    else:
+        rival = OTHER
+        base = _of_the_other(config, *other, evaluator, reward, Kept(store, rewards=rewards), device)
     half = time.monotonic()
-    tuned = _run(evaluator, policy, reward, Kept(store, fingerprint(policy, settings), frozen, rewards), "adapter")
-    seconds = {"base model's images": half - started, "adapter's images": time.monotonic() - half}
+    policy.to(device)  # not before the other one has left it
+    tuned = _run(evaluator, policy, reward, Kept(store, fingerprint(policy, settings), frozen, rewards), "the adapter")
+    if tuned.images.shape != base.images.shape:
+        sizes = " and ".join("{2} x {1}".format(*each.images.shape) for each in (base, tuned))
+        raise ValueError(f"Images of {sizes} pixels are not compared: make them alike, by policy.resolution=...")
+    seconds = {f"{rival.name}'s images": half - started, "the adapter's images": time.monotonic() - half}
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     OmegaConf.save(publishable(OmegaConf.to_container(whole)), folder / ".hydra" / "config.yaml")
-    made, asked = time.monotonic(), {ALONE: base.asked.plus(tuned.asked)}
+    begun, asked = time.monotonic(), {ALONE: base.asked.plus(tuned.asked)}
     found: dict[str, Any] = {}
     if config.pairs:
         quiet = not sys.stderr.isatty()
@@ -102,14 +119,30 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     if encoder is not None:
         reference = None if config.reference is None else Path(config.reference)
         name = publishable(f"{config.distances.name} ({config.distances.encoder.get('model', 'its own weights')})")
-        found["distances"] = distances(encoder, name, base.images, tuned.images, reference, torch.device(device))
-    seconds["comparison"] = time.monotonic() - made
+        found["distances"] = distances(encoder, name, base.images, tuned.images, reference, torch.device(device), rival)
+    seconds["comparison"] = time.monotonic() - begun
     more = {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
-    done = conclude(evaluator, base, tuned, asked=asked, **found)
+    done = conclude(evaluator, base, tuned, asked=asked, rival=rival, **found)
     written = publish(done, folder, evaluator, seconds, more, command=command("images"))
     if config.blind.pairs:
-        ask(folder / "blind", base, tuned, config.blind.pairs, list(config.blind.aspects))
+        ask(folder / "blind", base, tuned, config.blind.pairs, list(config.blind.aspects), rival)
     return written
+
+
+def _of_the_other(
+    config: DictConfig, adapter: Path, run: Any, evaluator: Evaluator, reward: Reward, kept: Kept, device: str
+) -> Evaluation:
+    """What another adapter makes, on the model of its own run, where it is of one.
+
+    Raises:
+        ValueError: see `with_given`.
+    """
+    node = with_given(run, "policy", config.get("policy"), config.against, "against")
+    policy: Policy = instantiate(node)
+    policy.load_adapter(adapter)
+    settings = images_by(node, device)
+    by = kept._replace(policy=fingerprint(policy, settings), text=fingerprint(policy, settings, trained=False))
+    return _run(evaluator, policy.to(device), reward, by, OTHER.name)
 
 
 def complete(config: DictConfig) -> tuple[Path, DictConfig]:

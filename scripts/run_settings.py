@@ -56,11 +56,12 @@ def names_in(argument: str) -> list[str]:
     return names
 
 
-def find(given: Path) -> tuple[Path, Any]:
+def find(given: Path, key: str = "adapter") -> tuple[Path, Any]:
     """The folder of an adapter, and the settings of the run that it is of; empty where it is of none.
 
     Args:
         given: the run's folder, or the adapter's.
+        key: the setting that it was given by.
 
     Raises:
         FileNotFoundError: there is no adapter.
@@ -69,11 +70,11 @@ def find(given: Path) -> tuple[Path, Any]:
     files = (place / ".hydra" / "config.yaml" for place in (given, given.parent))
     saved = next((file for file in files if file.is_file()), None)
     if saved is None and not any(adapter.glob("*.safetensors")):  # for its log Hydra has made even a mistyped folder
-        raise FileNotFoundError(f"adapter='{given}' is no folder of a run or of an adapter.")
+        raise FileNotFoundError(f"{key}='{given}' is no folder of a run or of an adapter.")
     return adapter, OmegaConf.create() if saved is None else OmegaConf.load(saved)
 
 
-def with_given(run: Any, name: str, given: Any, adapter: str) -> Any:
+def with_given(run: Any, name: str, given: Any, adapter: str, key: str = "adapter") -> Any:
     """A node of the run's settings, with what was given over it; or the given one, where it is a whole one.
 
     Raises:
@@ -83,7 +84,7 @@ def with_given(run: Any, name: str, given: Any, adapter: str) -> Any:
     if given is not None and "_target_" in given:
         return given
     if own is None:
-        raise ValueError(f"adapter='{adapter}' is of no run, so that {name}=... must be given, as in {name}=NAME.")
+        raise ValueError(f"{key}='{adapter}' is of no run, so that {name}=... must be given, as in {name}=NAME.")
     return OmegaConf.merge(OmegaConf.to_container(own, resolve=True), given or {})
 
 

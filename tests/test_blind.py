@@ -20,6 +20,7 @@ from test_evaluate_images import SMALL, config, run  # noqa: F401  # a fixture
 
 from scripts.evaluate_blind import ask
 from scripts.evaluate_images import evaluate
+from vp_rl.evaluation import compare
 from vp_rl.evaluation.blind import KEY, PAGE, Key, read_key, write_page
 from vp_rl.evaluation.blind_answers import Outcome, read_answers, results
 from vp_rl.evaluation.blind_report import write
@@ -223,6 +224,20 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
 
 
 # --- the answers
+
+
+@pytest.mark.parametrize("rival", [compare.BASE, compare.OTHER])
+def test_the_results_name_what_the_tuned_model_was_compared_with(tmp_path: Path, rival: compare.Rival) -> None:
+    study = told(write_page(tmp_path, *made(), 12, ASKED, rival=rival).read_text("utf-8"))
+    key = read_key(tmp_path)
+    votes = read_answers([saved(tmp_path / "a.json", answers(study, key, BASE))], key)
+    text = write(results(votes, key), tmp_path, "").read_text("utf-8")
+    assert f"People prefer {rival.name}" in text
+    assert ("the other adapter" in text) == (rival is compare.OTHER)
+    before = json.loads((tmp_path / KEY).read_text("utf-8"))
+    del before["rival"]  # keys of before there were others
+    saved(tmp_path / KEY, before)
+    assert read_key(tmp_path).rival == "the base model"
 
 
 @pytest.mark.parametrize("turned", [False, True])

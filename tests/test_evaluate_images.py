@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -31,17 +32,31 @@ def config(*overrides: str) -> DictConfig:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What a run of the embedded world leaves: settings and an adapter, which does something."""
-    folder = tmp_path_factory.mktemp("outputs") / "run"
+    return made(tmp_path_factory.mktemp("outputs") / "run", 2, 0)
+
+
+@pytest.fixture(scope="module")
+def another(run: Path) -> Path:
+    """Another run's, whose adapter has another rank and does something else."""
+    return made(run.parent / "another run", 4, 1)
+
+
+def made(folder: Path, rank: int, seed: int) -> Path:
     with initialize_config_dir(str(CONF), version_base="1.3"):
         settings = compose(
             "train",
-            overrides=["experiment=ddpo_vpscore", "policy.lora.r=2", "evaluation.sampler.eta=1.0", "prompts.test=8"],
+            overrides=[
+                "experiment=ddpo_vpscore",
+                f"policy.lora.r={rank}",
+                "evaluation.sampler.eta=1.0",
+                "prompts.test=8",
+            ],
         )
     (folder / ".hydra").mkdir(parents=True)
     OmegaConf.save(settings, folder / ".hydra" / "config.yaml")
     from hydra.utils import instantiate
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     policy: StableDiffusion = instantiate(settings.policy)
     with torch.no_grad():
         for name, each in policy.named_parameters():
@@ -85,6 +100,40 @@ def test_a_run_is_evaluated_as_it_was_set_and_nothing_is_made_twice(
     assert again["judge"][PAIRS]["kept"] == 8 * 10
     assert first["distances"]["encoder"] == "tiny_clip (tiny-clip)"
     assert first["distances"]["cmmd"]["reference and base"] > first["distances"]["cmmd"]["base and adapter"] > 0
+
+
+def columns(folder: Path, model: str) -> dict[str, list[str]]:
+    with (folder / "scores.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    return {name.partition("/")[2]: [line[name] for line in lines] for name in lines[0] if name.startswith(f"{model}/")}
+
+
+def test_an_adapter_is_compared_with_another_as_each_is_with_its_base(run: Path, another: Path, tmp_path: Path) -> None:
+    given = (f"cache={tmp_path}/c.sqlite", *SMALL)
+    one, other = (str(each).replace(" ", "\\ ") for each in (run, another))
+    for name, adapter in (("one", one), ("other", other)):
+        evaluate(config(f"adapter={adapter}", f"folder={tmp_path}/{name}", *given))
+    forth = evaluate(config(f"adapter={one}", f"against={other}", f"folder={tmp_path}/forth", "pairs=true", *given))
+    assert columns(tmp_path / "forth", "tuned") == columns(tmp_path / "one", "tuned")
+    assert columns(tmp_path / "forth", "other") == columns(tmp_path / "other", "tuned")
+    assert columns(tmp_path / "one", "tuned")["reward"] != columns(tmp_path / "other", "tuned")["reward"]
+    assert (forth["judge"][ALONE]["questions"], forth["judge"][ALONE]["kept"]) == (0, 4 * 2 * 5)
+    ahead, behind = (np.array(columns(tmp_path / "forth", of)["mean_rating"], float) for of in ("tuned", "other"))
+    assert forth["held_out"]["mean_rating"]["difference"] == pytest.approx((ahead - behind).mean())
+    page = (tmp_path / "forth" / "report.html").read_text()
+    assert "Is it better?" in page
+    assert "the other adapter’s" in page
+    assert "base model’s" not in page.partition("Use the adapter")[0]
+    assert not forth["signs"]
+
+
+def test_what_comes_of_another_adapter_does_not_replace_what_came_of_the_base(run: Path, another: Path) -> None:
+    found = config(f"adapter={run}", f"against='{another}'")
+    assert found.folder == f"{run}/against_{another.parent.name}_another_run"
+    assert config(f"adapter={run}", "against=x", "folder=y").folder == "y"
+    assert config(f"adapter={run}").folder == f"{run}/evaluation"
+    with pytest.raises(FileNotFoundError, match="against='/nowhere' is no folder of a run"):
+        evaluate(config(f"adapter={run}", "against=/nowhere", *SMALL))
 
 
 def test_the_runs_settings_hold_unless_others_are_given(run: Path) -> None:

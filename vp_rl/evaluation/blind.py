@@ -21,6 +21,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from vp_rl.evaluation.categories import in_turn
+from vp_rl.evaluation.compare import BASE, Rival
 from vp_rl.evaluation.images import Evaluation
 from vp_rl.evaluation.report import PAGES, embed
 from vp_rl.evaluation.store import same_pixels
@@ -45,7 +46,7 @@ class Compared:
     prompt: str
     seed: int
     base: str
-    """The name of the base model's image in the page and its answers."""
+    """The name of the base model's, or the other adapter's, image in the page and its answers."""
     tuned: str
     judged: Mapping[str, Sequence[int]]
     """The held-out judge's ratings by an image's name, in the order of `ASPECTS`."""
@@ -61,6 +62,8 @@ class Key:
     """Changes with the images and with what is asked."""
     aspects: Sequence[str]
     pairs: Sequence[Compared]
+    rival: str = BASE.name
+    """What the tuned model is compared with."""
 
 
 def write_page(
@@ -70,16 +73,18 @@ def write_page(
     pairs: int,
     guidelines: Mapping[str, str],
     rng: random.Random | None = None,
+    rival: Rival = BASE,
 ) -> Path:
     """Writes the page and its key, unless they are there already, and returns the page's path.
 
     Args:
         folder: of both.
-        base, tuned: the same prompts and seeds before and after.
+        base, tuned: the same prompts and seeds, by the rival and by the adapter.
         pairs: how many to ask about; the same ones each time, of as many prompts as can be. Fewer, if there are no more
             or if they would not fit into the page.
         guidelines: Markdown by what is asked: `OVERALL`, or an aspect.
         rng: of names and sides; None is the operating system's, which cannot be drawn again.
+        rival: what `base` is of; the page does not say.
 
     Raises:
         ValueError: nothing is asked, or the folder has a page of other images or questions.
@@ -103,7 +108,7 @@ def write_page(
         )
     pictures, size = _fit(base, tuned, rows)
     study, pairs_told, compared = _draw(base, tuned, rows[: len(pictures)], pictures, rng or secrets.SystemRandom())
-    key = Key(study, content, list(guidelines), compared)
+    key = Key(study, content, list(guidelines), compared, rival.name)
     markdown = MarkdownIt("commonmark", {"html": False})
     whole = max(base.images.shape[1:3])
     rendered = _PAGES.get_template("blind.html").render(

@@ -66,6 +66,8 @@ class Results(NamedTuple):
     """Krippendorff's, by aspect: 1 is perfect, 0 what chance would give; of people who answered the same questions."""
     judge: dict[str, Accord]
     """How often people prefer what the held-out judge rates higher, by aspect."""
+    rival: str
+    """What the tuned model is compared with."""
 
 
 def read_answers(files: Iterable[Path], key: Key) -> list[Vote]:
@@ -112,6 +114,7 @@ def results(votes: Sequence[Vote], key: Key) -> Results:
         people={aspect: people[aspect] for aspect in aspects if aspect in people},
         alpha={a: _alpha([own[a] for own in given.values()], tuned) for a in aspects if a in people},
         judge={aspect: judge[aspect] for aspect in aspects if aspect in judge},
+        rival=key.rival,
     )
 
 

@@ -74,13 +74,13 @@ def _verdict(results: Results) -> tuple[str, str, str]:
     bar, people = _bar("", outcome), len(results.voters)
     headline = {
         "up": "People prefer the tuned model",
-        "down": "People prefer the base model",
+        "down": f"People prefer {results.rival}",
         "even": "People do not clearly prefer either",
     }[bar.direction]
     sentence = (
         f"{_words(aspect)}, {people} {'people' if people > 1 else 'person'} preferred the tuned model's image in "
-        f"{bar.cells[0][0]} of {bar.answers} answers and the base model's in {bar.cells[2][0]}, and found them equal "
-        f"in {bar.cells[1][0]}. Win less loss is {bar.cells[3][0]} {bar.cells[3][1]}."
+        f"{bar.cells[0][0]} of {bar.answers} answers and {results.rival}'s in {bar.cells[2][0]}, and found them "
+        f"equal in {bar.cells[1][0]}. Win less loss is {bar.cells[3][0]} {bar.cells[3][1]}."
     )
     return bar.direction, headline, sentence
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -32,6 +33,21 @@ class Change:
     def significant(self) -> bool:
         """Whether the interval excludes no change at all."""
         return self.low > 0 or self.high < 0
+
+
+class Rival(NamedTuple):
+    """What an adapter is compared with, in words."""
+
+    name: str
+    short: str
+    rose: str
+    """Of what the adapter has more of."""
+    fell: str
+    same: str
+
+
+BASE = Rival("the base model", "base", "rose by", "fell by", "did not clearly change")
+OTHER = Rival("the other adapter", "other", "is higher by", "is lower by", "does not clearly differ")
 
 
 def compare(base: Evaluation, tuned: Evaluation) -> dict[str, Change]:
@@ -114,9 +130,12 @@ def as_dict(changes: Mapping[str, Change]) -> dict[str, dict[str, float]]:
     return {name: asdict(change) for name, change in changes.items()}
 
 
-def as_markdown(changes: Mapping[str, Change]) -> str:
+def as_markdown(changes: Mapping[str, Change], rival: Rival = BASE) -> str:
     """A table for the console."""
-    lines = ["| metric | base | tuned | change | 95% interval | better | worse |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        f"| metric | {rival.short} | tuned | change | 95% interval | better | worse |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, c in changes.items():
         lines.append(
             f"| {name} | {c.base:.3f} | {c.tuned:.3f} | {c.difference:+.3f} | [{c.low:+.3f}, {c.high:+.3f}] "

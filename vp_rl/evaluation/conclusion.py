@@ -1,4 +1,4 @@
-"""What base against adapter came to: compared once, then written and said, whoever made the two evaluations."""
+"""What an adapter came to against its base or another: compared once, then written and said, whoever made images."""
 
 import csv
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 from vp_rl.evaluation.asking import Asked
 from vp_rl.evaluation.categories import by_category
-from vp_rl.evaluation.compare import Change, as_dict, as_markdown, compare
+from vp_rl.evaluation.compare import BASE, Change, Rival, as_dict, as_markdown, compare
 from vp_rl.evaluation.distances import Distances
 from vp_rl.evaluation.duel import Duel
 from vp_rl.evaluation.images import Evaluation, Evaluator
@@ -37,6 +37,8 @@ class Conclusion:
     distances: Distances | None = None
     asked: Mapping[str, Asked] = field(default_factory=dict)
     """What the judge took, by the way in which it was asked."""
+    rival: Rival = BASE
+    """What `base` is of."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -67,6 +69,7 @@ def conclude(
     pairs: Mapping[str, Duel] | None = None,
     distances: Distances | None = None,
     asked: Mapping[str, Asked] | None = None,
+    rival: Rival = BASE,
 ) -> Conclusion:
     """Compares what `evaluator` made of base and adapter, as a whole and by category, and looks for signs.
 
@@ -75,6 +78,7 @@ def conclude(
         reward: what the trained reward is called.
         pairs, distances: what else has been found.
         asked: what the judge took, by the way in which it was asked.
+        rival: what `base` is of. An adapter is not the start of another: between two of them there are no signs.
     """
     changes = compare(base, tuned)
     return Conclusion(
@@ -82,11 +86,12 @@ def conclude(
         tuned,
         changes,
         by_category(base, tuned, evaluator.categories),
-        signs(history, changes, reward),
+        signs(history, changes, reward) if rival is BASE else [],
         history,
         pairs or {},
         distances,
         asked or {},
+        rival,
     )
 
 
@@ -112,8 +117,8 @@ def publish(
     """
     written = {**done.as_dict(), **more}
     (folder / "summary.json").write_text(json.dumps(written, indent=2) + "\n")
-    _write_scores(folder / "scores.csv", done.base, done.tuned)
-    print(f"\nHeld-out prompts, base against trained, same seeds\n{as_markdown(done.changes)}")
+    _write_scores(folder / "scores.csv", {done.rival.short: done.base, "tuned": done.tuned})
+    print(f"\nHeld-out prompts, {done.rival.name} against trained, same seeds\n{as_markdown(done.changes, done.rival)}")
     for name, duel in done.pairs.items():
         print(f"both at once, {name}: " + ", ".join(f"{part} {value:.0%}" for part, value in asdict(duel).items()))
     print("".join(f"\n{sign.severity}: {sign.words}" for sign in done.signs))
@@ -131,19 +136,21 @@ def publish(
         distances=done.distances,
         asked=done.asked,
         command=command,
+        rival=done.rival,
     )
     print(f"\nReport: {report}")
     return written
 
 
-def _write_scores(file: Path, base: Evaluation, tuned: Evaluation) -> None:
-    """A line for each prompt and seed: every metric of the base's image and of the other."""
+def _write_scores(file: Path, models: Mapping[str, Evaluation]) -> None:
+    """A line for each prompt and seed: every metric of every model's image."""
     columns = {
         f"{model}/{name}": values.tolist()
-        for model, evaluation in (("base", base), ("tuned", tuned))
+        for model, evaluation in models.items()
         for name, values in evaluation.metrics().items()
     }
     with file.open("w", newline="", encoding="utf-8") as out:
         writer = csv.writer(out)
         writer.writerow(["prompt", "seed", *columns])
-        writer.writerows(zip(base.prompts, base.seeds, *columns.values(), strict=True))
+        one = next(iter(models.values()))
+        writer.writerows(zip(one.prompts, one.seeds, *columns.values(), strict=True))

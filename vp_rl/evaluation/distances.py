@@ -20,6 +20,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
+from vp_rl.evaluation.compare import BASE, Rival
 from vp_rl.evaluation.looks import Pixels
 
 _SIGMA, _SCALE = 10.0, 1000.0
@@ -41,7 +42,7 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Distances:
-    """Of the base model's images from the adapter's, and of both from a reference."""
+    """Of the base model's, or another adapter's, images from the adapter's, and of both from a reference."""
 
     encoder: str
     features: int
@@ -58,18 +59,24 @@ class Distances:
 
 
 def distances(
-    encoder: Encoder, name: str, base: Pixels, tuned: Pixels, reference: Path | None, device: torch.device
+    encoder: Encoder,
+    name: str,
+    base: Pixels,
+    tuned: Pixels,
+    reference: Path | None,
+    device: torch.device,
+    rival: Rival = BASE,
 ) -> Distances:
-    """FID and CMMD of `base` and `tuned`, and of both with the images in the folder `reference`.
+    """FID and CMMD of `base`, which is the rival's, and `tuned`; and of both with the images in the folder `reference`.
 
     Raises:
         ValueError, FileNotFoundError: see `images_in`; there are not two images of each kind.
     """
     one, other = (encode(encoder, images, device) for images in (base, tuned))
-    pairs = {"base and adapter": (one, other)}
+    pairs = {f"{rival.short} and adapter": (one, other)}
     if reference is not None:
         given = encode(encoder, images_in(reference), device)
-        pairs |= {"reference and base": (given, one), "reference and adapter": (given, other)}
+        pairs |= {f"reference and {rival.short}": (given, one), "reference and adapter": (given, other)}
     fewest = min(len(rows) for pair in pairs.values() for rows in pair)
     if fewest < 2:
         raise ValueError(f"FID and CMMD need two images of each kind at least, and there is {fewest}: raise limit.")
@@ -83,7 +90,7 @@ def distances(
         encoder=name,
         features=one.shape[1],
         images=len(one),
-        reference=0 if reference is None else len(pairs["reference and base"][0]),
+        reference=0 if reference is None else len(pairs[f"reference and {rival.short}"][0]),
         fid={name: fid(*pair) for name, pair in pairs.items()},
         cmmd={name: cmmd(*pair) for name, pair in pairs.items()},
         warning=warning,

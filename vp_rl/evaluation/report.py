@@ -17,7 +17,7 @@ from PIL import Image
 
 from vp_rl.evaluation import settings
 from vp_rl.evaluation.asking import Asked
-from vp_rl.evaluation.compare import Change
+from vp_rl.evaluation.compare import BASE, Change, Rival
 from vp_rl.evaluation.curves import curves, history, phases
 from vp_rl.evaluation.distances import Distances
 from vp_rl.evaluation.duel import OVERALL, Duel
@@ -74,12 +74,13 @@ def write_report(
     distances: Distances | None = None,
     asked: Mapping[str, Asked] | None = None,
     command: str = "",
+    rival: Rival = BASE,
 ) -> Path:
     """Writes `report.html` into the run's folder and returns its path.
 
     Args:
         folder: with `metrics*.csv` and `.hydra/`, where the run wrote them.
-        base, tuned: the same prompts and seeds before and after.
+        base, tuned: the same prompts and seeds, by the rival and by the adapter.
         changes: their comparison; other rewards than the one trained for are named `panel/NAME`.
         sampler: what made the images.
         seconds: wall time of each part of the run, by its name.
@@ -90,6 +91,7 @@ def write_report(
         distances: of the sets of images as wholes.
         asked: what the judge took, by the way in which it was asked.
         command: that made it, fit to be passed on, where it is not the one that is found in the folder.
+        rival: what `base` is of.
     """
     read, values = settings.read(folder), history(folder)
     run = read._replace(command=command or read.command)
@@ -99,7 +101,8 @@ def write_report(
         note=note,
         prompts=len(set(base.prompts)),
         images=len(base.prompts),
-        verdicts=verdicts(changes, len(set(base.prompts)), signs, categories, (pairs or {}).get(OVERALL)),
+        verdicts=verdicts(changes, len(set(base.prompts)), signs, categories, (pairs or {}).get(OVERALL), rival),
+        rival=rival,
         rows=_rows(changes),
         groups=_groups(changes),
         categories=_by_category(categories or {}, changes),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
-from vp_rl.evaluation.compare import Change
+from vp_rl.evaluation.compare import BASE, Change, Rival
 from vp_rl.evaluation.duel import Duel
 from vp_rl.evaluation.signs import Sign
 from vp_rl.types import ASPECTS
@@ -20,7 +20,7 @@ LABELS = {
     "look/diversity": "Diversity within a prompt",
     "look/repetition": "Repetition within an image",
     "look/spread": "Spread over prompts",
-    "look/distance": "Distance from the base's image",
+    "look/distance": "Distance between the two images",
 }
 PANEL, LOOK = "panel/", "look/"  # other rewards; what images look like, which is neither good nor bad
 _RATED = (*ASPECTS, "mean_rating")
@@ -70,63 +70,72 @@ def verdicts(
     signs: Sequence[Sign] = (),
     categories: Mapping[str, Mapping[str, Change]] | None = None,
     pair: Duel | None = None,
+    rival: Rival = BASE,
 ) -> list[Verdict]:
     """One sentence to each question, in words that the intervals allow; another where the judge saw whole pairs."""
     return [
-        _improved(changes["mean_rating"], changes["correct"], prompts, pair),
-        _worse(changes, categories or {}),
-        _over_optimised(changes["reward"], changes["mean_rating"], signs),
+        _improved(changes["mean_rating"], changes["correct"], prompts, pair, rival),
+        _worse(changes, categories or {}, rival),
+        _over_optimised(changes["reward"], changes["mean_rating"], signs, rival),
     ]
 
 
-def _improved(rating: Change, correct: Change, prompts: int, pair: Duel | None) -> Verdict:
+def _improved(rating: Change, correct: Change, prompts: int, pair: Duel | None, rival: Rival) -> Verdict:
     mood = direction(rating)
-    share = f"fully correct images went from {number(correct.base, correct, 'correct')} to "
-    share += f"{number(correct.tuned, correct, 'correct')} ({_moved(correct, 'correct')})"
+    was, now = (number(value, correct, "correct") for value in (correct.base, correct.tuned))
+    moved = _moved(correct, "correct")
+    if rival is BASE:
+        question, no = "Did it improve?", "No, it got worse"
+        share = f"fully correct images went from {was} to {now} ({moved})"
+    else:
+        question, no = "Is it better?", "No, it is worse"
+        share = f"{now} of its images are fully correct, of {rival.name}'s {was} ({moved})"
     plural = "prompts" if prompts != 1 else "prompt"
     sentence = (
         f"By the held-out judge, which was not trained against, the mean rating of four aspects on a scale from 1 to 5 "
-        f"{_went(rating, 'mean_rating')} on {prompts} unseen {plural}, and {share}."
+        f"{_went(rating, 'mean_rating', rival)} on {prompts} unseen {plural}, and {share}."
     )
     if pair is not None:
-        sentence += f" Shown both images at once, it prefers the trained model's in {pair.win:.0%} of the pairs, the "
-        sentence += f"base model's in {pair.loss:.0%}."
-    return Verdict("Did it improve?", {"up": "Yes", "down": "No, it got worse", "even": "Not clearly"}[mood],
-                   sentence, mood)  # fmt: skip
+        sentence += f" Shown both images at once, it prefers the trained model's in {pair.win:.0%} of the pairs, "
+        sentence += f"{rival.name}'s in {pair.loss:.0%}."
+    return Verdict(question, {"up": "Yes", "down": no, "even": "Not clearly"}[mood], sentence, mood)
 
 
-def _worse(changes: Mapping[str, Change], categories: Mapping[str, Mapping[str, Change]]) -> Verdict:
+def _worse(changes: Mapping[str, Change], categories: Mapping[str, Mapping[str, Change]], rival: Rival) -> Verdict:
+    question = "Did anything get worse?" if rival is BASE else "Is anything worse?"
     judged = [name for name in changes if not name.startswith(LOOK)]
-    fell = [f"{_named(name)} {_went(changes[name], name)}" for name in judged if direction(changes[name]) == "down"]
+    fell = [
+        f"{_named(name)} {_went(changes[name], name, rival)}" for name in judged if direction(changes[name]) == "down"
+    ]
     fell += [
-        f"the judge's mean rating in “{name}” {_went(own['mean_rating'], 'mean_rating')}"
+        f"the judge's mean rating in “{name}” {_went(own['mean_rating'], 'mean_rating', rival)}"
         for name, own in categories.items()
         if "mean_rating" in own and direction(own["mean_rating"]) == "down"
     ]
-    rating = changes["mean_rating"]
-    images = f"{rating.loss:.0%} of the images are rated lower than before, {rating.win:.0%} higher"
+    rating, lower = changes["mean_rating"], "clearly fell" if rival is BASE else "is clearly lower"
+    images = f"{rating.loss:.0%} of the images are rated lower than {rival.name}'s, {rating.win:.0%} higher"
     if fell:
         words = "; ".join([*fell, images])
-        return Verdict("Did anything get worse?", "Yes", f"{words[0].upper()}{words[1:]}.", "down")
-    still = "No measure clearly fell; still, " if rating.loss else "No measure clearly fell: "
-    return Verdict("Did anything get worse?", "Not clearly", f"{still}{images}.", "even")
+        return Verdict(question, "Yes", f"{words[0].upper()}{words[1:]}.", "down")
+    still = f"No measure {lower}; still, " if rating.loss else f"No measure {lower}: "
+    return Verdict(question, "Not clearly", f"{still}{images}.", "even")
 
 
-def _over_optimised(reward: Change, rating: Change, signs: Sequence[Sign]) -> Verdict:
+def _over_optimised(reward: Change, rating: Change, signs: Sequence[Sign], rival: Rival) -> Verdict:
     question, rose = "Over-optimised?", direction(reward)
     warnings = [sign for sign in signs if sign.severity == "warning"]
     if warnings:
         more = f" ({len(warnings) - 1} more below.)" if len(warnings) > 1 else ""
         return Verdict(question, "There are signs of it", f"{warnings[0].words.rstrip('.')}.{more}", "down")
-    trained = f"The reward it was trained for {_went(reward, 'reward')}"
+    trained = f"The reward it was trained for {_went(reward, 'reward', rival)}"
     if rose == "up" and direction(rating) != "up":
-        fate = "fell" if direction(rating) == "down" else "did not clearly follow"
+        fate = f"the judge's rating {_went(rating, 'mean_rating', rival)}"
         look = "look for reward hacking in the images below before you use this adapter"
-        return Verdict(question, "Possibly", f"{trained} and the judge's rating {fate}: {look}.", "down")
+        return Verdict(question, "Possibly", f"{trained}, and {fate}: {look}.", "down")
     if rose == "up":
-        return Verdict(question, "No sign of it", f"{trained}, and the judge's rating rose with it.", "up")
+        return Verdict(question, "No sign of it", f"{trained}, and the judge's rating with it.", "up")
     hint = ": nothing has been optimised yet, so nothing over-optimised. Longer training may help"
-    return Verdict(question, "No sign of it", f"{trained}{hint if rose == 'even' else ''}.", "even")
+    return Verdict(question, "No sign of it", f"{trained}{hint if rose == 'even' and rival is BASE else ''}.", "even")
 
 
 def _named(name: str) -> str:
@@ -135,13 +144,13 @@ def _named(name: str) -> str:
     return f"the reward {label(name)}" if name.startswith(PANEL) else others.get(name, label(name).lower())
 
 
-def _went(change: Change, name: str) -> str:
+def _went(change: Change, name: str, rival: Rival) -> str:
     """`rose by 0.50 [+0.21, +0.79]`."""
     if not change.significant:
-        return f"did not clearly change ({_moved(change, name)})"
+        return f"{rival.same} ({_moved(change, name)})"
     by = number(abs(change.difference), change, name).rstrip("%")
     unit = " points" if name == "correct" else ""
-    return f"{'rose' if change.low > 0 else 'fell'} by {by}{unit} {interval(change, name)}"
+    return f"{rival.rose if change.low > 0 else rival.fell} {by}{unit} {interval(change, name)}"
 
 
 def _moved(change: Change, name: str) -> str:
