@@ -43,6 +43,7 @@ ROOTS = {
 NOT_COMPOSED = {  # of commands, by how they begin: why
     "python scripts/label.py": "argparse, not Hydra: test_label.py runs it",
     "python scripts/evaluate.py blind": "argparse, not Hydra: test_blind.py runs it",
+    "python scripts/picture.py": "argparse, not Hydra: test_picture.py runs it",
     "python scripts/bench_": "argparse, not Hydra: measurements, which `make bench` runs",
     "python scripts/memory.py": "composes what it is given by itself",
     "python scripts/wandb_dashboard.py": "argparse, not Hydra: test_dashboard.py builds what it saves",
