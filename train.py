@@ -157,9 +157,9 @@ def _checkpoint(resume: str | None, folder: Path, settings: dict[str, Any]) -> P
     if rounding:
         log.warning("the resumed run is not bit for bit the one that was stopped: %s", "; ".join(rounding))
     log.info("going on from %s", path)
-    table = path.parents[1] / "metrics.csv"
-    if path.parent != own and table.is_file() and not (folder / table.name).exists():
-        shutil.copy(table, folder)  # the run's metrics until there
+    for file in (path.parents[1] / name for name in ("metrics.csv", "judged.sqlite")):
+        if path.parent != own and file.is_file() and not (folder / file.name).exists():
+            shutil.copy(file, folder)  # what the run has measured, and paid for, until there
     return path
 
 

@@ -98,9 +98,8 @@ def accuracies(file: Path) -> dict[str, Measured]:
         own = np.array([(row["earned"], row["possible"]) for row in rows if row["reward"] == reward], float)
         right, pairs = own.T
         value, prompts = right.sum() / pairs.sum(), len(own)
-        parts = (
-            (right - value * pairs) / pairs.sum() * math.sqrt(prompts / max(1, prompts - 1))
-        )  # of a ratio, linearised
+        moved = (right - value * pairs) / pairs.sum()  # by each prompt, to first order
+        parts = moved * math.sqrt(prompts / max(1, prompts - 1))
         found[reward] = Measured(float(value), norm(parts), parts)
     return found
 

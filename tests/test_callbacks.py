@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
+from test_asking import Paid
 from test_evaluation import SAMPLER, Bright, Brightness, Prompts, evaluator
 
 from vp_rl.algorithms.refl import ReFL
@@ -25,6 +27,8 @@ from vp_rl.callbacks.held_out import HeldOutEvaluation
 from vp_rl.callbacks.progress import Progress
 from vp_rl.data.prompts import PromptDataModule
 from vp_rl.evaluation.images import Evaluator
+from vp_rl.interfaces import Unanswered
+from vp_rl.types import Answer, Aspect
 
 pytestmark = [
     # Lightning 2.6 with torch 2.13
@@ -260,6 +264,53 @@ def test_a_judge_that_cannot_be_asked_shows_before_any_image_is_made(
     monkeypatch.setattr(Evaluator, "make", lambda *_, **__: pytest.fail("an image was made"))
     with pytest.raises(ValueError, match="No API key"):
         fit(tmp_path, [callback])
+
+
+def test_a_judge_is_not_paid_twice_whenever_the_run_is_stopped(tmp_path: Path) -> None:
+    def watched(answers: int = 10**6) -> HeldOutEvaluation:
+        tool = evaluator(seeds=(0, 1))
+        tool.annotator = Limited(answers)
+        return HeldOutEvaluation(tool, every=2, small=5, judged=str(tmp_path / "judged.sqlite"))
+
+    fit(tmp_path / "whole", [held_out()])
+    with pytest.raises(Unanswered):  # while the base model's images are judged, before there is any checkpoint
+        fit(tmp_path / "run", [watched(answers=25)])
+    fit(tmp_path / "run", [watched()])
+    found, undisturbed = summary(tmp_path / "run"), summary(tmp_path / "whole")
+    assert found["held_out"] == undisturbed["held_out"]
+    asked, all_of_them = (each["judge"]["images by themselves"] for each in (found, undisturbed))
+    assert asked["kept"] >= 25 - 4 * 3  # four prompts are asked about at once, and of each three answers may be lost
+    assert asked["questions"] + asked["kept"] == all_of_them["questions"]
+    assert asked["usage"]["usd"] == pytest.approx(0.5 * asked["questions"])
+    fit(tmp_path / "again", [watched(answers=0)])  # another run of the same images
+    again = summary(tmp_path / "again")["judge"]["images by themselves"]
+    assert (again["questions"], again["kept"]) == (0, all_of_them["questions"])
+
+
+def test_scores_of_a_reward_are_not_taken_for_anothers(tmp_path: Path) -> None:
+    file = str(tmp_path / "judged.sqlite")
+    with_panel = evaluator(seeds=(0, 1), panel={"half": Half()})
+    fit(tmp_path / "one", [HeldOutEvaluation(with_panel, every=2, small=5, judged=file)])
+    fit(tmp_path / "two", [HeldOutEvaluation(evaluator(seeds=(0, 1), panel={"half": Brightness()}), 2, 5, judged=file)])
+    one, two = (summary(tmp_path / name)["held_out"] for name in ("one", "two"))
+    assert one["reward"] == two["reward"]
+    assert two["panel/half"]["base"] == two["reward"]["base"] != one["panel/half"]["base"]
+
+
+class Limited(Paid):
+    """Answers so often, and then no more, as where an account is empty."""
+
+    async def ask(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Answer:
+        if self.left == 0:
+            raise Unanswered("the account is empty")
+        return await super().ask(prompt, images, aspect)
+
+
+class Half(Brightness):
+    """Another reward."""
+
+    def forward(self, *given: Any) -> torch.Tensor:
+        return super().forward(*given) / 2
 
 
 def fail(message: str):  # noqa: ANN201

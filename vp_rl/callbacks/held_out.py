@@ -23,6 +23,7 @@ from vp_rl.evaluation.conclusion import ALONE, conclude, publish
 from vp_rl.evaluation.grid import grid
 from vp_rl.evaluation.images import Evaluation, Evaluator, Pixels, interleave
 from vp_rl.evaluation.signs import Moment, Sign, moment, signs
+from vp_rl.evaluation.store import NOTHING, Kept, Store
 from vp_rl.types import Usage
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,8 @@ class HeldOutEvaluation(lightning.Callback):
         best: the held-out metric by which the best adapter is kept in `best/`, and becomes the run's result. None: the
             result is the last one.
         patience: evaluations without a better one after which training stops. None: it goes on to its end.
+        judged: a file for what the judge answers, which is not asked again about the same images: by this run when it
+            is resumed, nor by others with the same file. None: nothing is kept.
 
     Raises:
         ValueError: a setting makes no sense.
@@ -60,6 +63,7 @@ class HeldOutEvaluation(lightning.Callback):
         note: str = "",
         best: str | None = None,
         patience: int | None = None,
+        judged: str | None = None,
     ) -> None:
         if every < 1 or small < 1:
             raise ValueError(f"callbacks.held_out.every={every} and small={small} must be at least 1.")
@@ -81,6 +85,7 @@ class HeldOutEvaluation(lightning.Callback):
                 f"{min(both)!r}: let evaluation.watch={evaluator.watch} be another split than evaluation.split."
             )
         self._best = None if best is None else BestAdapter(best, patience)
+        self._judged, self._kept = judged, NOTHING  # opened on the main process
         self._base: Evaluation | None = None  # of the final prompts; None on all but the main process
         self._small: Evaluation | None = None  # of the watched ones
         self._history: list[Moment] = []
@@ -91,16 +96,25 @@ class HeldOutEvaluation(lightning.Callback):
         self._started = time.monotonic()
 
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
-        """Looks whether each process has the whole policy.
+        """Looks whether each process has the whole policy, and what the judge has answered before.
 
         Raises:
-            ValueError: its weights are divided among devices.
+            ValueError: its weights are divided among devices; the file of answers is something else.
         """
         if isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy):
             raise ValueError(
                 "callbacks.held_out needs the whole policy on each device, and FSDP divides it among them: add "
                 "callbacks.held_out=null (adapter/ then has the last adapter), or use trainer=ddp or deepspeed."
             )
+
+        if self._judged is not None and self._kept is NOTHING and trainer.is_global_zero:
+            self._kept = Kept(Store(Path(self._judged)))
+
+    def teardown(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        """Lets go of the file."""
+        if self._kept is not NOTHING:
+            self._kept.store.close()
+            self._kept = NOTHING
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """The base model's images: the adapter is off, so a resumed run gets the same ones.
@@ -225,7 +239,7 @@ class HeldOutEvaluation(lightning.Callback):
             pixels = _gather(made, len(self._evaluator.seeds), ranks)
             if pixels is None or not trainer.is_global_zero:
                 return None
-            evaluation = self._evaluator.judge(pixels, module.reward, prompts, module.device)
+            evaluation = self._evaluator.judge(pixels, module.reward, prompts, module.device, self._kept)
             self._asked = self._asked.plus(evaluation.asked)
         if not what.startswith("epoch"):  # those count as training
             part = f"{what}'s images"

@@ -246,7 +246,7 @@ class Evaluator:
             reward: what scores them, beside the panel.
             prompts: theirs.
             device: where rewards work; the panel stays there.
-            kept: what was scored and rated before, and is not again.
+            kept: what was rated before, and scored by those rewards that have a fingerprint, and is not again.
         """
         rows = self._rows(prompts)
         names = [same_pixels(image) for image in pixels]
@@ -289,15 +289,16 @@ class Evaluator:
         name: str,
         names: Sequence[str],
     ) -> Float[np.ndarray, " images"]:
-        who = kept.rewards.get(name, "")
+        who = kept.rewards.get(name)
+        store = NOTHING.store if who is None else kept.store
         keys = [key_of("score", who, row.prompt, image) for row, image in zip(rows, names, strict=True)]
-        found = {key: np.frombuffer(data, np.float32)[0] for key, data in kept.store.get(keys).items()}
+        found = {key: np.frombuffer(data, np.float32)[0] for key, data in store.get(keys).items()}
         missing = [number for number, key in enumerate(keys) if key not in found]
         for some in (missing[i : i + self._batch_size] for i in range(0, len(missing), self._batch_size)):
             images = torch.from_numpy(pixels[some]).to(device).permute(0, 3, 1, 2).float() / 255
             scores = reward(images, [rows[number].prompt for number in some]).float().cpu().numpy()
             new = {keys[number]: score for number, score in zip(some, scores, strict=True)}
-            kept.store.put((key, score.tobytes()) for key, score in new.items())
+            store.put((key, score.tobytes()) for key, score in new.items())
             found |= new
         return np.array([found[key] for key in keys], np.float32)
 

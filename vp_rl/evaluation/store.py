@@ -79,7 +79,8 @@ class Kept(NamedTuple):
     text: str = ""
     """That of what encodes the prompts: the frozen part's."""
     rewards: Mapping[str, str] = {}
-    """The fingerprints of the rewards by their names in the panel; the trained one's is `reward`."""
+    """The fingerprints of the rewards by their names in the panel; the trained one's is `reward`. Scores of a reward
+    that has none are not kept."""
 
 
 NOTHING = Kept(Store(None))
