@@ -1,5 +1,6 @@
 """Whole runs that are killed, stopped and resumed: what they end with is what an unbroken one ends with, bit by bit."""
 
+import json
 import random
 import shutil
 import signal
@@ -112,6 +113,11 @@ def test_a_scheduler_that_ends_a_run_gets_a_checkpoint_in_time_and_an_exit_code_
     assert epochs(folder) == list(range(EPOCHS))
 
 
+def judge(folder: Path) -> dict[str, int]:
+    """What the held-out judge was asked, and what it had answered before."""
+    return json.loads((folder / "summary.json").read_text())["judge"]["images by themselves"]
+
+
 def test_a_run_stopped_in_its_last_evaluation_still_gets_its_report(
     unbroken: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -123,6 +129,10 @@ def test_a_run_stopped_in_its_last_evaluation_still_gets_its_report(
     assert is_equal(folder, unbroken("refl"))
     assert (folder / "summary.json").read_text().count(f'"epochs": {EPOCHS}') == 1
     assert (folder / "report.html").stat().st_size > 10_000
+    before, after = judge(unbroken("refl")), judge(folder)
+    assert before["kept"] == 0
+    assert after["kept"] > 0
+    assert after["questions"] < before["questions"], "what was asked until the last checkpoint, and nothing since"
 
 
 def test_a_run_goes_on_in_another_folder_with_its_metrics(unbroken: Callable[[str], Path], tmp_path: Path) -> None:
@@ -132,6 +142,7 @@ def test_a_run_goes_on_in_another_folder_with_its_metrics(unbroken: Callable[[st
     assert epochs(folder) == list(range(EPOCHS + 1))
     assert trained(folder, EPOCHS + 1) == [EPOCHS + 1]
     assert not is_equal(folder, whole)
+    assert judge(folder)["kept"] > 0, "the answers of before come along, too"
 
 
 def test_a_run_with_other_settings_is_refused_by_their_names(unbroken: Callable[[str], Path], tmp_path: Path) -> None:
