@@ -114,11 +114,8 @@ def write_report(
         curves=curves(values, signs),
         run=run,
         code=_code(run.policy, sampler, base.prompts[0], base.seeds[0]),
-        parts={name: duration(each) for name, each in seconds.items()},
-        total=duration(sum(seconds.values())),
         phases=phases(values),
-        machine=_machine(),
-        versions={"Python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+        **_circumstances(seconds),
     )
     (folder / "report.html").write_text(page, encoding="utf-8")
     return folder / "report.html"
@@ -239,6 +236,16 @@ def duration(seconds: float) -> str:
     if seconds < 60:
         return f"{seconds:.0f} second{'s' if round(seconds) != 1 else ''}"
     return f"{seconds / 60:.1f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def _circumstances(seconds: Mapping[str, float]) -> dict[str, Any]:
+    """How long it took, and where and with what it ran."""
+    return {
+        "parts": {name: duration(each) for name, each in seconds.items()},
+        "total": duration(sum(seconds.values())),
+        "machine": _machine(),
+        "versions": {"Python": platform.python_version()} | {name: version(name) for name in _PACKAGES},
+    }
 
 
 def _machine() -> str:
