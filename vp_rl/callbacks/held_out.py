@@ -108,7 +108,10 @@ class HeldOutEvaluation(lightning.Callback):
             )
 
         if self._judged is not None and self._kept is NOTHING and trainer.is_global_zero:
-            self._kept = Kept(Store(Path(self._judged)))
+            try:
+                self._kept = Kept(Store(Path(self._judged)))
+            except ValueError as error:
+                raise ValueError(f"callbacks.held_out.judged: {error} With null no answers are kept.") from error
 
     def teardown(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
         """Lets go of the file."""
