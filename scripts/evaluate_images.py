@@ -13,7 +13,7 @@ import torch
 from evaluate_blind import ask, check  # these lie beside this file
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from run_settings import command, device_of, find, images_by, names_in, plain_errors, said, sampler_of, with_given
+from run_settings import command, device_of, find, kept_of, names_in, plain_errors, said, sampler_of, with_given
 from tqdm import tqdm
 
 from vp_rl.evaluation.compare import BASE, OTHER
@@ -93,18 +93,17 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     rewards = {"reward": fingerprint(reward, said(whole.reward))}
     for name, each in evaluator.panel.items():
         rewards[name] = fingerprint(each.eval(), said(whole.evaluation.panel[name]))
-    settings = images_by(whole.policy, device)
-    frozen = fingerprint(policy, settings, trained=False)
+    without, adapted = kept_of(policy, whole.policy, device, store, rewards)
     if other is None:
         rival = BASE
         with policy.to(device).reference():
-            base = _run(evaluator, policy, reward, Kept(store, frozen, frozen, rewards), rival.name)
+            base = _run(evaluator, policy, reward, without, rival.name)
     else:
         rival = OTHER
         base = _of_the_other(config, *other, evaluator, reward, Kept(store, rewards=rewards), device)
     half = time.monotonic()
     policy.to(device)  # not before the other one has left it
-    tuned = _run(evaluator, policy, reward, Kept(store, fingerprint(policy, settings), frozen, rewards), "the adapter")
+    tuned = _run(evaluator, policy, reward, adapted, "the adapter")
     if tuned.images.shape != base.images.shape:
         sizes = " and ".join("{2} x {1}".format(*each.images.shape) for each in (base, tuned))
         raise ValueError(f"Images of {sizes} pixels are not compared: make them alike, by policy.resolution=...")
@@ -140,9 +139,8 @@ def _of_the_other(
     node = with_given(run, "policy", config.get("policy"), config.against, "against")
     policy: Policy = instantiate(node)
     policy.load_adapter(adapter)
-    settings = images_by(node, device)
-    by = kept._replace(policy=fingerprint(policy, settings), text=fingerprint(policy, settings, trained=False))
-    return _run(evaluator, policy.to(device), reward, by, OTHER.name)
+    _, adapted = kept_of(policy, node, device, kept.store, kept.rewards)
+    return _run(evaluator, policy.to(device), reward, adapted, OTHER.name)
 
 
 def complete(config: DictConfig) -> tuple[Path, DictConfig]:

@@ -8,7 +8,7 @@ from typing import Any
 import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from run_settings import command, device_of, find, images_by, plain_errors, said, sampler_of, with_given
+from run_settings import command, device_of, find, kept_of, plain_errors, said, sampler_of, with_given
 from tqdm import tqdm
 
 from vp_rl.evaluation.geneval import Detector
@@ -68,8 +68,7 @@ def evaluate(config: DictConfig) -> dict[str, Score]:
     policy: Policy = instantiate(node).to(device)
     policy.load_adapter(adapter)
     store = Store(None if config.cache is None else Path(config.cache))
-    settings = images_by(node, device)
-    frozen = fingerprint(policy, settings, trained=False)
+    without, adapted = kept_of(policy, node, device, store)
 
     def side(kept: Kept, what: str) -> Checked:
         total, quiet = len(evaluator.prompts) * len(evaluator.seeds), not sys.stderr.isatty()
@@ -81,8 +80,8 @@ def evaluate(config: DictConfig) -> dict[str, Score]:
             )
 
     with policy.reference():
-        base = side(Kept(store, frozen, frozen), "base model")
-    tuned = side(Kept(store, fingerprint(policy, settings), frozen), "adapter")
+        base = side(without, "base model")
+    tuned = side(adapted, "adapter")
     scores = compare_tasks(base, tuned)
     called = str(config.detector.get("model", type(detector).__name__))
     about = [_ABOUT.format(detector=Path(called).name), *filter(None, [source.note])]

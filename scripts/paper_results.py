@@ -98,7 +98,8 @@ def accuracies(file: Path) -> dict[str, Measured]:
         own = np.array([(row["earned"], row["possible"]) for row in rows if row["reward"] == reward], float)
         right, pairs = own.T
         value, prompts = right.sum() / pairs.sum(), len(own)
-        moved = (right - value * pairs) / pairs.sum()  # by each prompt, to first order
+        # As `visionprefer.estimates` has a ratio's variance, but by prompt: another reward's can be subtracted.
+        moved = (right - value * pairs) / pairs.sum()
         parts = moved * math.sqrt(prompts / max(1, prompts - 1))
         found[reward] = Measured(float(value), norm(parts), parts)
     return found

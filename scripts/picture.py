@@ -18,12 +18,13 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from jaxtyping import Bool
 from matplotlib.figure import Figure
-from run_settings import device_of, images_by, plain_errors
+from omegaconf import OmegaConf
+from run_settings import device_of, kept_of, plain_errors
 
 from vp_rl.evaluation.asking import rate
 from vp_rl.evaluation.images import Evaluator
 from vp_rl.evaluation.looks import Pixels
-from vp_rl.evaluation.store import Kept, Store, fingerprint
+from vp_rl.evaluation.store import Store
 from vp_rl.interfaces import Policy
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -76,38 +77,32 @@ def make(
     Raises:
         ValueError, OSError: see `evaluate_images.complete`.
     """
-    where, rows, first = device_of(device), {}, None
+    where, rows = device_of(device), {}
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("evaluate_images")
+    found = [complete(OmegaConf.merge(config, {"adapter": str(run), "seeds": [seed]})) for run in runs]
+    evaluation = found[0][1].evaluation
+    evaluation.panel = {}  # rewards that nothing is asked of
+    evaluator: Evaluator = instantiate(evaluation, _convert_="all")
     store = Store(cache or Path(config.cache))
-    for run, name in zip(runs, names, strict=True):
-        config.adapter, config.seeds, config.panel = str(run), [seed], {}
-        adapter, whole = complete(config)
-        if first is None:
-            whole.evaluation.panel = {}  # rewards that nothing is asked of
-            first = instantiate(whole.evaluation, _convert_="all")
+    prompts, share = (list(own), (0, 1)) if own else (evaluator.prompts, (0, every))
+    for (adapter, whole), name in zip(found, names, strict=True):
         policy: Policy = instantiate(whole.policy).to(where)
         policy.load_adapter(adapter)
-        settings = images_by(whole.policy, where)
-        frozen = fingerprint(policy, settings, trained=False)
-        share = (list(own), (0, 1)) if own else (first.prompts, (0, every))
+        without, adapted = kept_of(policy, whole.policy, where, store)
         if not rows:
             with policy.reference():
-                rows["base"] = _images(first, policy, *share, Kept(store, frozen, frozen))
-        rows[name] = _images(first, policy, *share, Kept(store, fingerprint(policy, settings), frozen))
-    assert first is not None
-    prompts = list(own) if own else first.prompts[::every]
+                rows["base"] = evaluator.make(policy, prompts, share=share, kept=without)
+        rows[name] = evaluator.make(policy, prompts, share=share, kept=adapted)
+        del policy  # before the next one takes its place on the device
+    prompts = prompts[:: share[1]]
     if not judged:
         return prompts, rows, {}
-    rated = {
-        name: rate(first.annotator, prompts, [[image] for image in images], store)[0] for name, images in rows.items()
-    }
-    right = {name: np.array([images[0][0].rating == 5 for images in each]) for name, each in rated.items()}
+    right = {}
+    for name, images in rows.items():
+        rated, _ = rate(evaluator.annotator, prompts, [[image] for image in images], store)
+        right[name] = np.array([each[0][0].rating == 5 for each in rated])
     return prompts, rows, right
-
-
-def _images(evaluator: Evaluator, policy: Policy, prompts: list[str], share: tuple[int, int], kept: Kept) -> Pixels:
-    return evaluator.make(policy, prompts, share=share, kept=kept)
 
 
 def draw(prompts: Sequence[str], rows: dict[str, Pixels], right: dict[str, Bool[np.ndarray, " prompts"]]) -> Figure:

@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vp_rl.evaluation.settings import override
-from vp_rl.interfaces import Unanswered
+from vp_rl.evaluation.store import Kept, Store, fingerprint
+from vp_rl.interfaces import Policy, Unanswered
 
 _TRAINING = ("lora", "gradient_checkpointing")  # of a policy's settings: what changes nothing in the base's images
 
@@ -111,14 +112,22 @@ def command(what: str, added: str = "") -> str:
     return shlex.join(["python", "scripts/evaluate.py", what, *shown]) if given else ""
 
 
-def images_by(policy: Any, device: str) -> str:
-    """What, beside the weights, a policy's images are kept by, whichever command has made them.
+def kept_of(
+    policy: Policy, node: Any, device: str, store: Store, rewards: Mapping[str, str] | None = None
+) -> tuple[Kept, Kept]:
+    """What is kept of the base model, and of it with its adapter, whichever command has made it.
 
     Args:
-        policy: its node.
-        device: where they are made.
+        policy: with the adapter.
+        node: the policy's settings.
+        device: where its images are made.
+        store: of them.
+        rewards: see `Kept`.
     """
-    return f"{said(policy, _TRAINING)} {torch.device(device).type}"
+    settings = f"{said(node, _TRAINING)} {torch.device(device).type}"
+    frozen = fingerprint(policy, settings, trained=False)
+    base = Kept(store, frozen, frozen, rewards or {})
+    return base, base._replace(policy=fingerprint(policy, settings))
 
 
 def said(node: Any, without: Sequence[str] = ()) -> str:
