@@ -5,11 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import BlackBox, LinearPolicy, QuadraticReward, fit
+from fakes import BlackBox, LinearPolicy, QuadraticReward, Words, fit
 from torch.utils.data import DataLoader
 
+from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.algorithms.ddpo import DDPO
 from vp_rl.algorithms.refl import ReFL
+from vp_rl.data.prompts import PromptDataModule
 from vp_rl.interfaces import Reward
 from vp_rl.sampler import Sampler
 from vp_rl.types import Images, PromptBatch, Scores
@@ -113,6 +115,41 @@ def test_accumulating_two_micro_batches_is_one_batch_of_twice_the_size() -> None
         biases.append(policy.bias.detach())
     torch.testing.assert_close(biases[1], biases[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(biases[2], biases[0], rtol=1e-5, atol=1e-6)
+
+
+def gradient(algorithm: PolicyTraining, data: PromptDataModule, accumulate: int) -> torch.Tensor:
+    """What the one update of an epoch is of: plain gradient descent of rate 1 moves the weights by it."""
+    algorithm._make_optimizer = partial(torch.optim.SGD, lr=1.0)
+    assert fit(algorithm, data=data, accumulate_grad_batches=accumulate).global_step == 1
+    return -algorithm.policy.bias.detach()
+
+
+CUTS = [(9, 2), (6, 3), (4, 5), (16, 2), (17, 2), (6, 6), (1, 18), (5, 4), (7, 3), (5, 9)]
+
+
+@pytest.mark.parametrize(("train_batch", "accumulate"), CUTS)
+def test_an_update_of_ddpo_is_the_same_however_its_18_states_are_cut(train_batch: int, accumulate: int) -> None:
+    """Also where the last micro-batch is short, and where there are fewer than are accumulated."""
+
+    def update(train_batch: int, accumulate: int) -> torch.Tensor:
+        settings = {"images_per_prompt": 3, "timestep_fraction": 0.5, "train_batch": train_batch}
+        return gradient(ddpo(LinearPolicy(), **settings), PromptDataModule(Words(), batch_size=3), accumulate)
+
+    whole = update(18, 1)
+    assert (update(train_batch, accumulate) - whole).norm() <= 1e-6 * whole.norm()
+
+
+@pytest.mark.parametrize("accumulate", [4, 6, 9])
+def test_an_update_of_refl_that_an_epochs_end_cuts_short_is_as_large_as_a_whole_one(accumulate: int) -> None:
+    """Of the same prompts and noise: 2 batches in pieces that would be of 4, 6 or 9."""
+
+    def update(accumulate: int) -> torch.Tensor:
+        data = PromptDataModule(Words(), batch_size=4, batches_per_epoch=2)
+        return gradient(refl(LinearPolicy(gain=0.0)), data, accumulate)
+
+    whole = update(2)
+    assert (update(accumulate) - whole).norm() <= 1e-6 * whole.norm()
+    assert whole.norm() > 1e-3
 
 
 def test_a_large_kl_weight_holds_the_policy_at_the_reference() -> None:

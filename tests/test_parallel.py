@@ -130,7 +130,8 @@ def assert_same(found: list[dict[str, Any]], expected: dict[str, Any]) -> None:
         for update, (gradient, like) in enumerate(zip(process["gradients"], expected["gradients"], strict=True)):
             assert like.norm() > 0
             assert (gradient - like).norm() <= (1e-6 if update < first else 1e-5) * like.norm()
-        assert process["values"] == pytest.approx(expected["values"], rel=1e-5)
+        # DDPO's loss is a mean of advantages that cancel: what rounding leaves of terms of about 1 is absolute.
+        assert process["values"] == pytest.approx(expected["values"], rel=1e-5, abs=1e-7)
         assert process["values"] == found[0]["values"]
     rounds = [dict(ChainMap(*parts)) for parts in zip(*(process["rounds"] for process in found), strict=True)]
     assert all(len(process["rounds"][0]) == len(rounds[0]) // len(found) for process in found if rounds)

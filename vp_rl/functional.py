@@ -1,7 +1,9 @@
 """Pure maths. Every formula of the system that is not a network is here, in float32, with its source."""
 
+import hashlib
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -90,16 +92,32 @@ def clipped_surrogate(
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
+def seed_of(*position: object) -> int:
+    """A seed of 63 bits for the random numbers of one position in a run, such as (seed, epoch, prompt, image).
+
+    A hash without structure: positions that differ in little have seeds that have nothing in common. Torch's generators
+    on a CPU use the lower 32 bits, so that among n positions about n^2 / 2^33 pairs share their numbers by chance.
+    """
+    return int.from_bytes(hashlib.blake2b(repr(position).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def differ(scores: Float[Tensor, "groups images"]) -> Bool[Tensor, " groups"]:
+    """Whether the scores of a group differ by more than rounding: only then is there something to learn from it."""
+    apart = scores.amax(1) - scores.amin(1)
+    return apart > 1e-6 * scores.mean(1).abs().clamp(min=1)
+
+
 def group_advantages(
     scores: Float[Tensor, "groups images"], clip: float, epsilon: float = 1e-6
 ) -> Float[Tensor, "groups images"]:
     """Scores standardised within each prompt's group, then clipped to +-`clip` standard deviations.
 
-    A group of one, or one whose scores are all equal, says nothing about what is better: its advantages are 0.
+    A group of one, or one whose scores are equal up to rounding, says nothing about what is better: its advantages are
+    exactly 0. Standardising would blow the rounding of their mean up to the size of a signal.
     """
     centered = scores - scores.mean(1, keepdim=True)
     std = centered.square().mean(1, keepdim=True).sqrt()
-    return (centered / (std + epsilon)).clamp(-clip, clip)
+    return torch.where(differ(scores)[:, None], (centered / (std + epsilon)).clamp(-clip, clip), 0.0)
 
 
 def hinge_reward_loss(scores: Float[Tensor, " batch"], target: float) -> Float[Tensor, ""]:

@@ -1,7 +1,6 @@
 """What every way of training a policy against a reward shares."""
 
 import time
-import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -10,7 +9,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import lightning
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from vp_rl.algorithms.clipping import ClippedModule
-from vp_rl.functional import gaussian_kl
+from vp_rl.functional import gaussian_kl, seed_of
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
 from vp_rl.types import Conditioning, Images, Latents, PromptBatch, Scores, Steps, Transition
@@ -151,7 +150,7 @@ class PolicyTraining(ClippedModule, ABC):
 
         There is nothing to save and nothing to restore, and it plays no part which device draws them, or beside what.
         """
-        return torch.Generator().manual_seed(zlib.crc32(repr((self.seed, *position)).encode()))
+        return torch.Generator().manual_seed(seed_of(self.seed, *position))
 
     def generators(self, places: Iterable[int], images: Iterable[int], *position: int) -> list[torch.Generator]:
         """One for each image of each prompt, by the prompts' places in the batch of all devices."""
@@ -272,12 +271,6 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The members of the outermost lists: what a denoiser is a row of."""
     for child in module.children():
         yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
-
-
-def differ(scores: Float[Tensor, "groups images"]) -> Bool[Tensor, " groups"]:
-    """Whether the scores of a group differ by more than rounding: only then is there something to learn from it."""
-    apart = scores.amax(1) - scores.amin(1)
-    return apart > 1e-6 * scores.mean(1).abs().clamp(min=1)
 
 
 def total_norm(gradients: list[Tensor]) -> float:

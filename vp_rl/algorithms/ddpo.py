@@ -27,9 +27,9 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vp_rl.algorithms.base import EpochLoader, MakeOptimizer, PolicyTraining, PromptBatches, differ
+from vp_rl.algorithms.base import EpochLoader, MakeOptimizer, PolicyTraining, PromptBatches
 from vp_rl.algorithms.rounds import Replayed, Rollout, Scoring, Share, StepBatch, of_all, own, share_of
-from vp_rl.functional import clipped_surrogate, group_advantages
+from vp_rl.functional import clipped_surrogate, differ, group_advantages
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler, log_prob_of, repeat
 from vp_rl.types import Conditioning, Images, Latents, PromptBatch, Scores, Steps, Transition, take
@@ -141,7 +141,7 @@ class DDPO(PolicyTraining):
             loss = loss + self.kl_weight * (batch.weight * kl).mean()
         sampled = self.global_step == self._sampled_after  # by the policy as it still is
         self._replayed.add(loss.detach(), log_ratio.detach(), self.clip_range, sampled)
-        return loss
+        return self.weighed(loss, len(log_ratio))
 
     def _transition(self, batch: StepBatch) -> Transition:
         return self.sampler.transition(self.policy, batch.latents, batch.step, take(self.conditioning, batch.prompt))

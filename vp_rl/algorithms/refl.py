@@ -80,7 +80,7 @@ class ReFL(PolicyTraining):
             values["train/kl"] = self.kl_to_reference(transition, latents, step, conditioning).mean()
         self.images += len(scores)
         self.log_dict(values, on_step=False, on_epoch=True, batch_size=len(scores), sync_dist=True)
-        return loss
+        return self.weighed(loss, len(scores))
 
     def _sample(self, batch: PromptBatch, piece: int, *position: int) -> tuple[Latents, Steps, Conditioning]:
         """Latents before a random stop step, that step, and the encoded prompts."""

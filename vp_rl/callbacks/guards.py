@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vp_rl.algorithms.base import PolicyTraining, differ, total_norm
+from vp_rl.algorithms.base import PolicyTraining, total_norm
+from vp_rl.functional import differ
 
 log = logging.getLogger(__name__)
 
