@@ -81,6 +81,11 @@ class TrainableReward(Reward):
 class Process(ABC):
     """The maths of one family of samplers: no network, no mutable position, everything in float32."""
 
+    @property
+    @abstractmethod
+    def train_timesteps(self) -> int:
+        """How many noise levels the denoiser was pretrained on, 0 to this less 1; 1000 for most."""
+
     @abstractmethod
     def timesteps(self, steps: int, device: torch.device | None = None) -> Float[Tensor, " steps"]:
         """What the denoiser is told at each of `steps` sampling steps, noisiest first; in main memory, or on a device.
