@@ -123,3 +123,73 @@ def group_advantages(
 def hinge_reward_loss(scores: Float[Tensor, " batch"], target: float) -> Float[Tensor, ""]:
     """mean(relu(target - r)): ReFL's phi, which stops pushing an image once its score reaches `target`."""
     return F.relu(target - scores.float()).mean()
+
+
+def mean_square(difference: Float[Tensor, "batch *latent"]) -> Float[Tensor, " batch"]:
+    """Mean over latent dimensions of each row's squared difference: a denoising error, in the output's own units."""
+    return difference.float().square().flatten(1).mean(1)
+
+
+def diffusion_dpo_loss(
+    better: Float[Tensor, " pairs"], worse: Float[Tensor, " pairs"], beta: float
+) -> Float[Tensor, " pairs"]:
+    """-log sigmoid(-beta / 2 (better - worse)) of each pair (Diffusion-DPO, Wallace et al. 2023, equation 14).
+
+    Args:
+        better: denoising error of the preferred image less the reference model's, at one timestep and noise for both.
+        worse: the same of the other one.
+        beta: as in the published code, where it holds the number of timesteps: 5000 for Stable Diffusion.
+    """
+    return F.softplus(beta / 2 * (better.float() - worse.float()))
+
+
+def loser_bound(
+    better: Float[Tensor, "pairs *latent"], worse: Float[Tensor, "pairs *latent"], slack: float
+) -> Float[Tensor, " pairs"]:
+    """How much of the loser's gradient each pair may keep so that the winner's error still falls (SDPO, 2511.03317).
+
+    clip((1 - slack) |g_w|^2 / <g_l, g_w>, 0, 1) where <g_l, g_w> > 0, else 1, with g the gradients of both errors in
+    the denoiser's output space, which are proportional to output - target. Plain DPO lets both errors rise, the
+    winner's by less. The published code has one factor for a whole micro-batch.
+
+    Args:
+        better: output - target of the preferred image.
+        worse: of the other one.
+        slack: mu in [0, 1]: share of the winner's own progress that the loser's gradient must leave.
+    """
+    winner, loser = better.detach().float().flatten(1), worse.detach().float().flatten(1)
+    against = (winner * loser).sum(1)
+    share = (1 - slack) * winner.square().sum(1) / against.clamp(min=1e-12)
+    return torch.where(against > 0, share.clamp(0, 1), 1.0)
+
+
+def normalised_error(difference: Float[Tensor, "batch *latent"]) -> Float[Tensor, " batch"]:
+    """Mean squared difference over the mean absolute one, a number without gradient: DiffusionNFT's noise weighting."""
+    flat = difference.float().flatten(1)
+    return flat.square().mean(1) / flat.detach().abs().mean(1).clamp(min=1e-5)
+
+
+def nft_loss(
+    new: Float[Tensor, "batch *latent"],
+    old: Float[Tensor, "batch *latent"],
+    target: Float[Tensor, "batch *latent"],
+    good: Float[Tensor, " batch"],
+    beta: float,
+) -> Float[Tensor, " batch"]:
+    """Negative-aware fine-tuning (DiffusionNFT, Zheng et al. 2025, equation 5): good images pull, bad ones push.
+
+    good * E(old + beta (new - old)) / beta + (1 - good) * E(old - beta (new - old)) / beta, with E the normalised error
+    to `target` in the output's own space. The published code takes it in x0 space, which for a velocity is a factor of
+    at most 1, and for a prediction of noise one of 14 at the noisiest steps.
+
+    Args:
+        new: the denoiser's output, with gradients.
+        old: that of the policy that sampled.
+        target: what a perfect denoiser would say.
+        good: optimality of each image in [0, 1].
+        beta: strength of the guidance that is learned.
+    """
+    old = old.detach()
+    pull = normalised_error(old + beta * (new - old) - target)
+    push = normalised_error(old - beta * (new - old) - target)
+    return (good * pull + (1 - good) * push) / beta

@@ -124,8 +124,12 @@ class OnlineTraining(PromptTraining, ABC):
         """How far the policy is from the model without its adapter, of each example; None: it is not measured."""
         return None
 
-    def after_round(self) -> None:
-        """What becomes of a round that was learned from: here, nothing. An older policy that samples moves on here."""
+    def before_round(self, number: int) -> None:
+        """What is to be done before a round is sampled: here, nothing. An older policy that samples moves on here.
+
+        Args:
+            number: rounds of the run before it.
+        """
 
     # --- a round
 
@@ -323,6 +327,7 @@ class RolloutLoader(EpochLoader):
             if number < before:
                 continue
             position = (online.current_epoch, number)
+            online.before_round(online.current_epoch * len(self._prompts) + number)
             with online.trainer.precision_plugin.forward_context():
                 batch, online.conditioning, share = online.rollout(prompts, *position)
             for turn in range(online.inner_epochs):
@@ -330,7 +335,6 @@ class RolloutLoader(EpochLoader):
                     part = batch.take(rows)
                     yield part.pinned() if pinned else part
             del batch  # before the next round's is made
-            online.after_round()
 
     def resumable_after(self, batches: int) -> bool:
         """Between rounds: a round's images are not kept, and could not be sampled again by a policy that has moved."""

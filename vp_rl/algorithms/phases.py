@@ -1,7 +1,7 @@
 """What an algorithm tells the planner of itself: how its updates are cut, and the work that they are made of."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
@@ -68,6 +68,7 @@ def alike(conditioning: Conditioning, rows: int) -> Conditioning:
     return take(conditioning, torch.zeros(rows, dtype=torch.long, device=device))
 
 
+@runtime_checkable
 class Samples(Protocol):
     """An algorithm that samples images and has them scored."""
 
