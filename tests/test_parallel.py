@@ -7,6 +7,7 @@ import signal
 import socket
 from collections import ChainMap
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,12 @@ from test_ddpo_pytorch import tiny_sd
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from vp_rl.algorithms.awm import AdvantageWeightedMatching
 from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.algorithms.branch_ddpo import BranchDDPO
 from vp_rl.algorithms.ddpo import DDPO
+from vp_rl.algorithms.draft import DRaFT
+from vp_rl.algorithms.nft import DiffusionNFT
 from vp_rl.algorithms.online import OnlineTraining
 from vp_rl.algorithms.refl import ReFL
 from vp_rl.algorithms.rounds import Rollout
@@ -94,7 +98,8 @@ class Record(lightning.Callback):
 
 
 def ddpo(batch: int, kind: type[OnlineTraining] = DDPO, **settings: Any) -> OnlineTraining:
-    settings = {"images_per_prompt": 4, "clip_range": 0.2, "kl_weight": 0.1} | settings
+    clipped = {} if kind is DiffusionNFT else {"clip_range": 0.2}
+    settings = {"images_per_prompt": 4, "kl_weight": 0.1} | clipped | settings
     optimizer = partial(torch.optim.SGD, lr=0.01)
     return kind(Mixing(), Liked(), NOISY, optimizer, train_batch=batch, **settings)
 
@@ -147,11 +152,15 @@ DDPOS: dict[str, dict[str, Any]] = {
     "half of the steps, twice": {"timestep_fraction": 0.5, "inner_epochs": 2},
     "two of the steps": {"random_steps": 2},
     "branch": {"kind": BranchDDPO, "window": (0.0, 0.9)},
+    "nft": {"kind": DiffusionNFT, "old_warmup": 2},
+    "awm": {"kind": AdvantageWeightedMatching, "anchor_weight": 0.1},
 }
 
 
 @pytest.mark.parametrize("name", DDPOS)
-def test_two_processes_and_accumulation_make_ddpos_updates_of_one_process(name: str, tmp_path: Path) -> None:
+def test_two_processes_and_accumulation_make_an_online_methods_updates(
+    name: str, tmp_path: Path
+) -> None:
     make = partial(ddpo, **DDPOS[name])
     batch = 2 if name == "branch" else 8
     [one] = run(make(2 * batch), tmp_path / "one", 4)
@@ -176,6 +185,16 @@ def test_images_that_cannot_be_divided_among_devices_are_refused(tmp_path: Path)
         ddpo(8).batches(prompts)
     with pytest.raises(ValueError, match=r"data\.devices_per_prompt=3 must divide the number of devices, 1"):
         run(ddpo(8), tmp_path / "one", 1, devices_per_prompt=3)
+
+
+def test_two_processes_and_accumulation_make_drafts_updates_of_one_process(tmp_path: Path) -> None:
+    def make() -> DRaFT:
+        optimizer = partial(torch.optim.SGD, lr=0.01)
+        return DRaFT(Mixing(), Liked(), replace(NOISY, eta=0.0), optimizer, last_steps=2)
+
+    [one] = run(make(), tmp_path / "one", 4)
+    assert_same(run(make(), tmp_path / "pieces", 2, 4, accumulate_grad_batches=2), one)
+    assert_same(run(make(), tmp_path / "two", 2, devices=2), one)
 
 
 @pytest.mark.parametrize("pretrain_weight", [0.0, 0.5])
