@@ -20,7 +20,7 @@ import lightning
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.types import RunMode
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -110,8 +110,7 @@ def _planned(config: DictConfig) -> lightning.LightningModule | None:
     planner = Planner(settings, algorithm, trainer, instantiate(config.algorithm.optimizer), stated)
     for name, value in planner.filled.items():
         OmegaConf.update(config, name, value)
-        if name.startswith("algorithm."):
-            setattr(algorithm, name.partition(".")[2], value)
+    algorithm.resize({name: size for name, size in planner.filled.items() if name.startswith("algorithm.")})
     if config.dry_run:
         show(planner)
     return algorithm
@@ -148,7 +147,8 @@ def _checkpoint(resume: str | None, folder: Path, settings: dict[str, Any]) -> P
         log.info("resume=%s: nothing to go on from, the run begins", resume)
         return None
     path, content = found
-    fixed, rounding = differences(content.get("run", {}).get("settings", settings), settings)
+    before = content.get("run", {}).get("settings", settings)
+    fixed, rounding = differences(before, settings, get_class(settings["algorithm"]["_target_"]))
     if fixed:
         raise ValueError(
             f"resume={resume}: {path} is of a run with other settings, which a run cannot change on its way: "
@@ -184,7 +184,7 @@ def _beside(folder: Path, settings: dict[str, Any]) -> tuple[Path, dict[str, Any
         if found is None or _is_finished(*found, settings):
             continue
         before = found[1].get("run", {}).get("settings")
-        if before and not differences(before, settings)[0]:
+        if before and not differences(before, settings, get_class(settings["algorithm"]["_target_"]))[0]:
             return found
     return None
 

@@ -234,7 +234,7 @@ def one(overrides: list[str]) -> None:
     console = Console(width=120)
     for name, text in rows(planner).items():
         console.print(f"{name}: {text}", highlight=False)
-    console.print(memory_table(planner.estimator.parts(planner.plan)))
+    console.print(memory_table(planner.estimator.parts(planner.plan.load)))
 
 
 def column(family: str) -> dict[str, str]:
@@ -259,13 +259,13 @@ def column(family: str) -> dict[str, str]:
             eight = optimizer_bytes(partial(bitsandbytes.optim.AdamW8bit, lr=1e-4))
             found["adapter, gradients, AdamW"] = int(trained * (8 + optimizer_bytes(adam)))
             found["adapter, gradients, AdamW8bit"] = int(trained * (8 + eight))
-            found["a sampling step of 4 images"] = estimator.sampling_step(4)
+            found["a sampling step of 4 images"] = estimator.of("sampling", 4)
             for batch in (4, 1):
-                found[f"VAE decode of {batch} at once"] = estimator.decoding(batch)
-            found["reward of 4 images"] = estimator.scoring(4)
+                found[f"VAE decode of {batch} at once"] = estimator.of("decoding", batch)
+            found["reward of 4 images"] = estimator.of("reward", 4)
         for batch in (1, 4) if checkpointing else (1,):
             with_it = " with gradient checkpointing" if checkpointing else ""
-            found[f"training, {batch} states{with_it}"] = estimator.training(batch)
+            found[f"training, {batch} states{with_it}"] = estimator.of("training", batch)
     return {name: "" if size is None else f"{size / 2**20:,.0f}" for name, size in found.items()}
 
 

@@ -110,9 +110,7 @@ def peer_settings(config: DictConfig, trl: str, threads: int) -> dict[str, Any]:
     """The demo's batch, for TRL: images sampled 64 at a time, about the same number of updates a round."""
     each = config.algorithm.images_per_prompt
     images = each * config.data.batch_size
-    states = images * config.sampler.steps * config.algorithm.timestep_fraction
-    if config.algorithm.branch is not None:
-        states = config.data.batch_size
+    states = config.data.batch_size  # one of each prompt: the demo branches
     updates = max(1, round(states / (config.algorithm.train_batch * config.trainer.accumulate_grad_batches)))
     samples = max(number for number in range(1, images // updates + 1) if images % number == 0)  # of an update
     batch = math.gcd(images, 64)

@@ -95,7 +95,12 @@ class Words(PromptSource):
 
 
 def fit(
-    algorithm: PolicyTraining, *, epochs: int = 1, ckpt_path: Path | None = None, **trainer: object
+    algorithm: PolicyTraining,
+    *,
+    epochs: int = 1,
+    ckpt_path: Path | None = None,
+    data: lightning.LightningDataModule | None = None,
+    **trainer: object,
 ) -> lightning.Trainer:
     """Trains with the real Trainer and data module, without files or output unless asked for."""
     settings: dict = {
@@ -105,9 +110,8 @@ def fit(
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    data = PromptDataModule(Words(), batch_size=4)
     runner = lightning.Trainer(max_epochs=epochs, **{**settings, **trainer})
-    runner.fit(algorithm, data, ckpt_path=ckpt_path)
+    runner.fit(algorithm, data or PromptDataModule(Words(), batch_size=4), ckpt_path=ckpt_path)
     return runner
 
 

@@ -5,11 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fakes import BlackBox, LinearPolicy, QuadraticReward, fit
+from fakes import BlackBox, LinearPolicy, QuadraticReward, Words, fit
 from torch.utils.data import DataLoader
 
+from vp_rl.algorithms.base import PolicyTraining
+from vp_rl.algorithms.branch_ddpo import BranchDDPO
 from vp_rl.algorithms.ddpo import DDPO
 from vp_rl.algorithms.refl import ReFL
+from vp_rl.data.prompts import PromptDataModule
 from vp_rl.interfaces import Reward
 from vp_rl.sampler import Sampler
 from vp_rl.types import Images, PromptBatch, Scores
@@ -21,6 +24,12 @@ TARGET = torch.tensor([0.5, -0.3, 0.2])
 def ddpo(policy: LinearPolicy, reward: Reward | None = None, lr: float = 0.03, **settings: object) -> DDPO:
     defaults = {"images_per_prompt": 16, "train_batch": 64, "clip_range": 0.2}
     return DDPO(policy, reward or BlackBox(), NOISY, partial(torch.optim.Adam, lr=lr), **{**defaults, **settings})
+
+
+def branch_ddpo(policy: LinearPolicy, reward: Reward | None = None, lr: float = 0.03, **settings: object) -> BranchDDPO:
+    defaults = {"images_per_prompt": 16, "train_batch": 64, "clip_range": 0.2}
+    optimizer = partial(torch.optim.Adam, lr=lr)
+    return BranchDDPO(policy, reward or BlackBox(), NOISY, optimizer, **{**defaults, **settings})
 
 
 def refl(policy: LinearPolicy, lr: float = 0.03, **settings: object) -> ReFL:
@@ -42,7 +51,7 @@ def test_ddpo_finds_the_optimum_of_a_linear_gaussian_policy() -> None:
 
 def test_ddpo_with_branches_finds_the_optimum_of_a_linear_gaussian_policy() -> None:
     policy = LinearPolicy()
-    fit(ddpo(policy, branch=(0.0, 0.8)), epochs=150)
+    fit(branch_ddpo(policy, window=(0.0, 0.8)), epochs=150)
     still = Sampler(steps=5, guidance=1.0, eta=0.0)
     latents = still.sample(policy, policy.encode(["a"] * 4096), torch.Generator().manual_seed(1))
     # A quadratic reward has its optimum at the target for any sampler of zero-mean noise.
@@ -50,19 +59,20 @@ def test_ddpo_with_branches_finds_the_optimum_of_a_linear_gaussian_policy() -> N
 
 
 def test_branches_train_one_step_of_the_window_a_round() -> None:
-    algorithm, seen = ddpo(LinearPolicy(), branch=(0.2, 0.6), train_batch=50), []
+    algorithm, seen = branch_ddpo(LinearPolicy(), window=(0.2, 0.6), train_batch=50), []
     step = algorithm.training_step
     algorithm.training_step = lambda batch, batch_idx: (seen.append(batch), step(batch, batch_idx))[1]  # type: ignore[method-assign]
     fit(algorithm, epochs=12)
-    assert [tuple(batch.log_probs.shape) for batch in seen] == [(4, 16)] * 12  # a state for each prompt
-    assert [len(batch.step.unique()) for batch in seen] == [1] * 12
-    assert set(torch.cat([batch.step for batch in seen]).tolist()) == {1, 2}
+    assert [tuple(batch.examples.log_probs.shape) for batch in seen] == [(4, 16)] * 12  # a state for each prompt
+    assert [len(batch.examples.step.unique()) for batch in seen] == [1] * 12
+    assert set(torch.cat([batch.examples.step for batch in seen]).tolist()) == {1, 2}
 
 
-@pytest.mark.parametrize("branch", [(0.5, 0.2), (-0.1, 0.5), (0.5, 1.1)])
-def test_a_window_that_is_none_is_refused(branch: tuple[float, float]) -> None:
-    with pytest.raises(ValueError, match=r"algorithm\.branch=\("):
-        ddpo(LinearPolicy(), branch=branch)
+@pytest.mark.parametrize("make", [ddpo, branch_ddpo, refl])
+@pytest.mark.parametrize("window", [(0.5, 0.2), (-0.1, 0.5), (0.5, 1.1)])
+def test_a_window_that_is_none_is_refused(make, window: tuple[float, float]) -> None:  # noqa: ANN001
+    with pytest.raises(ValueError, match=r"algorithm\.window=\("):
+        make(LinearPolicy(), window=window)
 
 
 def test_refl_finds_the_optimum_of_a_linear_gaussian_policy() -> None:
@@ -71,10 +81,10 @@ def test_refl_finds_the_optimum_of_a_linear_gaussian_policy() -> None:
     torch.testing.assert_close(mean_image(policy), TARGET, rtol=0, atol=0.02)
 
 
-@pytest.mark.parametrize("branch", [None, (0.0, 0.5)])
+@pytest.mark.parametrize("make", [ddpo, branch_ddpo])
 @pytest.mark.parametrize("inner_epochs", [1, 2])
-def test_the_ratio_is_one_on_policy(inner_epochs: int, branch: tuple[float, float] | None) -> None:
-    trainer = fit(ddpo(LinearPolicy(), lr=0.0, inner_epochs=inner_epochs, train_batch=50, branch=branch))
+def test_the_ratio_is_one_on_policy(make, inner_epochs: int) -> None:  # noqa: ANN001
+    trainer = fit(make(LinearPolicy(), lr=0.0, inner_epochs=inner_epochs, train_batch=50))
     assert trainer.callback_metrics["train/ratio"].item() == pytest.approx(1.0, abs=1e-6)
     assert trainer.callback_metrics["train/clip_fraction"].item() == 0
     assert trainer.callback_metrics["train/kl"].item() == pytest.approx(0.0, abs=1e-9)
@@ -90,7 +100,7 @@ def test_every_step_of_every_sample_is_trained_once() -> None:
     step = algorithm.training_step
     algorithm.training_step = lambda batch, batch_idx: (seen.append(batch), step(batch, batch_idx))[1]  # type: ignore[method-assign]
     fit(algorithm)
-    pairs = torch.cat([torch.stack([batch.step, batch.prompt], 1) for batch in seen])
+    pairs = torch.cat([torch.stack([batch.examples.step, batch.prompt], 1) for batch in seen])
     counts = torch.bincount(pairs[:, 0], minlength=5)
     stds = NOISY.rollout(algorithm.policy, algorithm.policy.encode(["a"])).stds
     assert counts.tolist() == [64 if std > 0.05 else 0 for std in stds.tolist()]
@@ -100,7 +110,9 @@ def test_every_step_of_every_sample_is_trained_once() -> None:
 def test_timestep_fraction_trains_that_share_of_steps() -> None:
     algorithm, seen = ddpo(LinearPolicy(), timestep_fraction=0.4), []
     step = algorithm.training_step
-    algorithm.training_step = lambda batch, batch_idx: (seen.append(len(batch.step)), step(batch, batch_idx))[1]  # type: ignore[method-assign]
+    algorithm.training_step = lambda batch, batch_idx: (seen.append(len(batch.examples.step)), step(batch, batch_idx))[
+        1
+    ]  # type: ignore[method-assign]
     fit(algorithm)
     assert sum(seen) == 4 * 16 * 2
 
@@ -113,6 +125,41 @@ def test_accumulating_two_micro_batches_is_one_batch_of_twice_the_size() -> None
         biases.append(policy.bias.detach())
     torch.testing.assert_close(biases[1], biases[0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(biases[2], biases[0], rtol=1e-5, atol=1e-6)
+
+
+def gradient(algorithm: PolicyTraining, data: PromptDataModule, accumulate: int) -> torch.Tensor:
+    """What the one update of an epoch is of: plain gradient descent of rate 1 moves the weights by it."""
+    algorithm._make_optimizer = partial(torch.optim.SGD, lr=1.0)
+    assert fit(algorithm, data=data, accumulate_grad_batches=accumulate).global_step == 1
+    return -algorithm.policy.bias.detach()
+
+
+CUTS = [(9, 2), (6, 3), (4, 5), (16, 2), (17, 2), (6, 6), (1, 18), (5, 4), (7, 3), (5, 9)]
+
+
+@pytest.mark.parametrize(("train_batch", "accumulate"), CUTS)
+def test_an_update_of_ddpo_is_the_same_however_its_18_states_are_cut(train_batch: int, accumulate: int) -> None:
+    """Also where the last micro-batch is short, and where there are fewer than are accumulated."""
+
+    def update(train_batch: int, accumulate: int) -> torch.Tensor:
+        settings = {"images_per_prompt": 3, "timestep_fraction": 0.5, "train_batch": train_batch}
+        return gradient(ddpo(LinearPolicy(), **settings), PromptDataModule(Words(), batch_size=3), accumulate)
+
+    whole = update(18, 1)
+    assert (update(train_batch, accumulate) - whole).norm() <= 1e-6 * whole.norm()
+
+
+@pytest.mark.parametrize("accumulate", [4, 6, 9])
+def test_an_update_of_refl_that_an_epochs_end_cuts_short_is_as_large_as_a_whole_one(accumulate: int) -> None:
+    """Of the same prompts and noise: 2 batches in pieces that would be of 4, 6 or 9."""
+
+    def update(accumulate: int) -> torch.Tensor:
+        data = PromptDataModule(Words(), batch_size=4, batches_per_epoch=2)
+        return gradient(refl(LinearPolicy(gain=0.0)), data, accumulate)
+
+    whole = update(2)
+    assert (update(accumulate) - whole).norm() <= 1e-6 * whole.norm()
+    assert whole.norm() > 1e-3
 
 
 def test_a_large_kl_weight_holds_the_policy_at_the_reference() -> None:
@@ -131,7 +178,7 @@ def test_the_learning_rate_falls_to_nothing_over_the_run_where_that_is_wanted(ma
     assert last_rate(decay=True) == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("make", [ddpo, partial(ddpo, branch=(0.0, 0.5)), refl])
+@pytest.mark.parametrize("make", [ddpo, branch_ddpo, refl])
 def test_a_run_resumed_from_a_checkpoint_ends_where_an_unbroken_one_does(make, tmp_path: Path) -> None:  # noqa: ANN001
     whole = LinearPolicy()
     fit(make(whole), epochs=6)
@@ -174,7 +221,7 @@ def test_the_distance_to_the_reference_is_zero_until_the_policy_moves(make) -> N
 def test_refl_stops_inside_its_window() -> None:
     def stops(steps: int, window: tuple[float, float]) -> list[int]:
         sampler = Sampler(steps=steps, guidance=1.0, eta=1.0)
-        return list(ReFL(LinearPolicy(), QuadraticReward(), sampler, torch.optim.Adam, window=window).stops)
+        return list(ReFL(LinearPolicy(), QuadraticReward(), sampler, torch.optim.Adam, window=window).starts)
 
     assert stops(40, (0.75, 1.0)) == list(range(30, 40))
     assert stops(10, (0.2, 0.5)) == [2, 3, 4]

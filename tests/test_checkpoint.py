@@ -232,12 +232,12 @@ def changed(name: str, value: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["trainer.max_epochs", "logger.csv.save_dir", "evaluation.limit", "callbacks.note"])
 def test_how_long_and_how_watched_a_run_is_may_change(name: str) -> None:
-    assert differences(SETTINGS, changed(name, 7)) == ([], [])
+    assert differences(SETTINGS, changed(name, 7), DDPO) == ([], [])
 
 
 @pytest.mark.parametrize("name", ["trainer.devices", "trainer.precision", "policy.gradient_checkpointing"])
 def test_what_only_rounds_otherwise_may_change_with_a_word(name: str) -> None:
-    fixed, rounding = differences(SETTINGS, changed(name, 7))
+    fixed, rounding = differences(SETTINGS, changed(name, 7), DDPO)
     assert fixed == []
     assert len(rounding) == 1
     assert rounding[0].startswith(f"{name}=7, was ")
@@ -248,7 +248,7 @@ def test_what_only_rounds_otherwise_may_change_with_a_word(name: str) -> None:
     ["seed", "sampler.steps", "algorithm.optimizer.lr", "trainer.gradient_clip_val", "policy.path", "reward.new"],
 )
 def test_what_is_learned_must_stay_and_is_named_with_both_values(name: str) -> None:
-    fixed, _ = differences(SETTINGS, changed(name, 7))
+    fixed, _ = differences(SETTINGS, changed(name, 7), DDPO)
     assert len(fixed) == 1
     assert fixed[0].startswith(f"{name}=7, was ")
 
@@ -267,7 +267,7 @@ def dealt(base: dict[str, Any] = DEALT, **now: Any) -> list[str]:
     for name, value in now.items():
         group, _, key = name.partition("__")
         other[group][key] = value
-    return [line.partition("=")[0] for line in differences(base, other)[0]]
+    return [line.partition("=")[0] for line in differences(base, other, DDPO)[0]]
 
 
 def test_what_devices_do_may_change_with_their_number_if_all_together_do_the_same() -> None:
@@ -291,14 +291,14 @@ def test_a_run_whose_geometry_is_stated_may_be_dealt_out_otherwise() -> None:
 def test_a_setting_that_is_interpolated_into_others_is_named_once_where_it_is_set() -> None:
     now = changed("policy.lora.r", 4)
     now["algorithm"] = now["algorithm"] | {"policy": {"lora": {"r": 4}}}
-    assert differences(SETTINGS, now)[0] == ["policy.lora.r=4, was 16"]
+    assert differences(SETTINGS, now, DDPO)[0] == ["policy.lora.r=4, was 16"]
 
 
 def test_a_falling_learning_rate_ties_a_run_to_its_length() -> None:
     before, now = (changed("trainer.max_epochs", epochs) for epochs in (2, 4))
     for settings in (before, now):
         settings["algorithm"] = settings["algorithm"] | {"decay": True}
-    assert differences(before, now)[0] == ["trainer.max_epochs=4, was 2"]
+    assert differences(before, now, DDPO)[0] == ["trainer.max_epochs=4, was 2"]
 
 
 # --- signals: where a run is stopped, and that it loses nothing

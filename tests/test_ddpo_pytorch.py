@@ -94,20 +94,21 @@ def test_two_updates_are_those_of_ddpo_pytorch() -> None:
         **quiet,
     )
     trainer.fit(ours, PromptDataModule(Words(), PROMPTS))
-    [(states, _, _)] = rollouts
+    [(batch, _, _)] = rollouts
+    states = batch.examples
 
     policy = tiny_sd()
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     x, after, old = states.latents, states.next_latents[:, 0], states.log_probs[:, 0]
     timesteps = (STEPS - 1 - states.step) * (1000 // STEPS) + 1  # `leading`, with an offset of 1
-    prompts = [ours.prompts[row] for row in states.prompt.tolist()]
+    prompts = [ours.prompts[row] for row in batch.prompt.tolist()]
     text, empty = policy.encode(prompts)["text"], policy.encode([""])["text"]
     last = states.step == STEPS - 1
     finished = [prompt for prompt, is_last in zip(prompts, last.tolist(), strict=True) if is_last]
     with torch.no_grad():
         advantages = their_advantages(policy.decode(after[last]).mean((1, 2, 3)), finished)
     advantages = advantages.repeat_interleave(STEPS)
-    torch.testing.assert_close(states.advantages[:, 0], advantages, rtol=0, atol=1e-4)
+    torch.testing.assert_close(batch.advantages[:, 0], advantages, rtol=0, atol=1e-4)
 
     clipped = 0
     for update, found in enumerate(gradients):

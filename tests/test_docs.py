@@ -475,21 +475,23 @@ def test_the_judges_calls_on_the_cost_page_are_the_experiments() -> None:
 
 
 def test_figures_of_the_scaling_page_are_the_geometrys() -> None:
+    from vp_rl.algorithms.phases import Cut
     from vp_rl.planning.geometry import Geometry, solve
 
     page = (DOCS / "scaling.md").read_text()
-    published = {"images_per_prompt": 16, "steps": 50}
+    published = {"cut": Cut(images_per_prompt=16, examples=50)}
     for devices in (1, 4, 8, 16, 64):
         plan = solve(Geometry(images_per_update=64, updates=4, **published), devices, 4, 8)
-        states = plan.train_batch * plan.accumulate
-        row = f"| {devices} | {plan.prompts} | {plan.devices_per_prompt} | {plan.images} | {states:,} |"
-        assert f"{row} {plan.train_batch} x {plan.accumulate} |" in page
+        load = plan.load
+        states = load.train_batch * plan.accumulate
+        row = f"| {devices} | {load.prompts} | {plan.devices_per_prompt} | {load.images} | {states:,} |"
+        assert f"{row} {load.train_batch} x {plan.accumulate} |" in page
     with pytest.raises(ValueError, match="nearest are 128"):
         solve(Geometry(images_per_update=64, updates=4, **published), 256, 4, 8)
     for devices, images, updates in ((256, 128, 2), (1000, 500, 4), (1024, 512, 4)):
         plan = solve(Geometry(images_per_update=images, updates=updates, **published), devices, 4, 8)
         whole_round = plan.geometry.images_per_round
-        row = f"| {devices:,} | {images} | {updates} | {whole_round:,} | {whole_round // 16} | {plan.images} |"
+        row = f"| {devices:,} | {images} | {updates} | {whole_round:,} | {whole_round // 16} | {plan.load.images} |"
         assert row in page
     blocks = ((5, 320), (5, 640), (6, 1280))
     assert f"{sum(number * (14 * 4 * width + 1536 * 4) for number, width in blocks):,} numbers" in page

@@ -15,6 +15,7 @@ from vp_rl.functional import (
     label_belief,
     preference_weights,
     ranking_loss,
+    seed_of,
 )
 
 
@@ -114,6 +115,27 @@ def test_group_advantages_of_equal_scores_are_zero_and_outliers_are_clipped() ->
     advantages = group_advantages(scores, clip=5)
     assert advantages[0].abs().max() == 0
     assert advantages.max() == 5
+
+
+@pytest.mark.parametrize("score", [20.3456, 3333.3, -0.1, 1e-3, 21.7])
+def test_advantages_of_equal_scores_are_zero_whatever_their_mean_is_rounded_to(score: float) -> None:
+    """The float32 mean of 16 times 20.3456 is not 20.3456: standardised, that ulp would be an advantage of 0.66."""
+    for images in (2, 12, 16, 24):
+        assert group_advantages(torch.full((1, images), score), 5).abs().max() == 0
+    rounded = torch.full((1, 16), score) * (1 + 5e-8 * torch.arange(16))  # one image in batches of other sizes
+    assert group_advantages(rounded, 5).abs().max() == 0
+    signal = torch.full((1, 16), score) + torch.arange(16)
+    assert group_advantages(signal, 5).abs().max() > 1
+
+
+def test_seeds_of_neighbouring_positions_collide_as_often_as_chance_has_it() -> None:
+    """In the lower 32 bits, which are what torch's generators on a CPU use: n^2 / 2^33 pairs among n positions."""
+    positions = [(0, epoch, 0, prompt, image) for epoch in range(200) for prompt in range(32) for image in range(16)]
+    seeds = [seed_of(*position) for position in positions]
+    assert max(seeds) < 2**63
+    assert len(set(seeds)) == len(seeds)
+    # Poisson of mean 1.2: 9 or more have a probability of 1e-5. CRC32 of the same words gives 96.
+    assert len(seeds) - len({seed % 2**32 for seed in seeds}) < 9
 
 
 def test_hinge_reward_loss_stops_at_the_target() -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from peft import LoraConfig
 
 from vp_rl.algorithms.ddpo import DDPO
+from vp_rl.algorithms.phases import Cut
 from vp_rl.algorithms.refl import ReFL
 from vp_rl.planning import fit
 from vp_rl.planning.geometry import Geometry, Plan, divisors, solve
@@ -20,30 +22,30 @@ from vp_rl.policies.sd import StableDiffusion
 from vp_rl.rewards.vp_score import VPScore
 from vp_rl.sampler import Sampler
 
-PUBLISHED = Geometry(images_per_update=64, updates=4, images_per_prompt=16, steps=50)  # ddpo-pytorch's
+PUBLISHED = Geometry(images_per_update=64, updates=4, cut=Cut(images_per_prompt=16, examples=50))  # ddpo-pytorch's
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8, 16, 32])
 @pytest.mark.parametrize("inner_epochs", [1, 2])
 def test_all_devices_together_do_the_same_work_whatever_their_number(devices: int, inner_epochs: int) -> None:
-    geometry = Geometry(**{**vars(PUBLISHED), "inner_epochs": inner_epochs})
+    geometry = replace(PUBLISHED, cut=PUBLISHED.cut._replace(passes=inner_epochs))
     plan = solve(geometry, devices, train_limit=4, sample_limit=8)
-    assert plan.prompts * devices // plan.devices_per_prompt == 16
-    assert plan.prompts * 16 // plan.devices_per_prompt == plan.images
-    assert plan.images * devices == 256
-    assert plan.train_batch * plan.accumulate * devices == 64 * 50
-    micro_batches = plan.images * 50 * inner_epochs // plan.train_batch
+    assert plan.load.prompts * devices // plan.devices_per_prompt == 16
+    assert plan.load.prompts * 16 // plan.devices_per_prompt == plan.load.images
+    assert plan.load.images * devices == 256
+    assert plan.load.train_batch * plan.accumulate * devices == 64 * 50
+    micro_batches = plan.load.images * 50 * inner_epochs // plan.load.train_batch
     assert micro_batches == plan.accumulate * plan.updates_per_round  # a round ends with an update
-    assert plan.train_batch <= 4
-    assert plan.sample_batch <= 8
+    assert plan.load.train_batch <= 4
+    assert plan.load.sample_batch <= 8
 
 
 @pytest.mark.parametrize("devices", [1, 2, 4, 8, 16])
 def test_with_branches_a_prompt_is_one_state_of_each_device_that_has_it(devices: int) -> None:
-    geometry = Geometry(images_per_update=64, updates=2, images_per_prompt=16, branch=True)
+    geometry = Geometry(images_per_update=64, updates=2, cut=Cut(images_per_prompt=16, whole_prompts=True))
     plan = solve(geometry, devices, 64, 64)
-    assert plan.prompts * devices // plan.devices_per_prompt == 8
-    assert plan.train_batch * plan.accumulate * 2 == plan.prompts
+    assert plan.load.prompts * devices // plan.devices_per_prompt == 8
+    assert plan.load.train_batch * plan.accumulate * 2 == plan.load.prompts
 
 
 def test_few_devices_share_no_prompts_and_more_than_there_are_prompts_do() -> None:
@@ -54,7 +56,7 @@ def test_few_devices_share_no_prompts_and_more_than_there_are_prompts_do() -> No
 @pytest.mark.parametrize(("limit", "size"), [(1, 1), (6, 5), (100, 100), (10**6, 3200)])
 def test_the_micro_batch_is_the_largest_that_divides_an_update(limit: int, size: int) -> None:
     plan = solve(PUBLISHED, 1, limit, 8)
-    assert (plan.train_batch, plan.accumulate) == (size, 3200 // size)
+    assert (plan.load.train_batch, plan.accumulate) == (size, 3200 // size)
 
 
 def test_divisors_are_all_there_are() -> None:
@@ -63,20 +65,22 @@ def test_divisors_are_all_there_are() -> None:
 
 
 def test_the_nearest_possible_numbers_of_images_are_named() -> None:
-    geometry = Geometry(images_per_update=100, images_per_prompt=16, steps=10)
+    geometry = Geometry(images_per_update=100, cut=Cut(images_per_prompt=16, examples=10))
     with pytest.raises(ValueError, match=r"images_per_update=100 cannot be 16 a prompt: nearest are 96 and 112\."):
         solve(geometry, 1, 4, 8)
 
 
 @pytest.mark.parametrize("devices", [3, 5, 7, 24])
 def test_what_is_named_as_possible_is_and_nothing_nearer_is(devices: int) -> None:
-    geometry = Geometry(images_per_update=48, updates=2, images_per_prompt=16, steps=3, branch=devices % 2 == 1)
+    whole = devices % 2 == 1
+    cut = Cut(images_per_prompt=16, examples=1 if whole else 3, whole_prompts=whole)
+    geometry = Geometry(images_per_update=48, updates=2, cut=cut)
 
     def possible(images: int) -> bool:
         return Geometry(**{**vars(geometry), "images_per_update": images}).devices_per_prompt(devices) is not None
 
     if possible(48):
-        assert solve(geometry, devices, 4, 8).images * devices == 96
+        assert solve(geometry, devices, 4, 8).load.images * devices == 96
         return
     with pytest.raises(ValueError, match=r"geometry\.images_per_update=48 cannot be .*nearest are") as error:
         solve(geometry, devices, 4, 8)
@@ -179,7 +183,7 @@ def test_a_run_without_a_geometry_is_planned_as_it_will_be_and_nothing_is_change
     assert planner.filled == {}
     micro_batches = DDPO(**parts).batches_per_round(8)
     assert planner.plan.geometry.updates == micro_batches == 8
-    assert planner.plan.images == 128
+    assert planner.plan.load.images == 128
 
 
 # --- auto
@@ -230,7 +234,7 @@ def test_auto_keeps_the_update_by_accumulation(
     planner = planned(parts, algorithm__train_batch="auto", algorithm__sample_batch="auto")
     monkeypatch.delenv("VP_RL_BATCHES")
     plan: Plan = planner.plan
-    assert plan.train_batch == max(size for size in divisors(128) if size <= room)
-    assert plan.train_batch * plan.accumulate == 128
-    assert plan.sample_batch == max(size for size in divisors(64) if size <= room)
-    assert math.prod((plan.prompts, 16)) == 64
+    assert plan.load.train_batch == max(size for size in divisors(128) if size <= room)
+    assert plan.load.train_batch * plan.accumulate == 128
+    assert plan.load.sample_batch == max(size for size in divisors(64) if size <= room)
+    assert math.prod((plan.load.prompts, 16)) == 64

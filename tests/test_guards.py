@@ -11,12 +11,12 @@ from fakes import LinearPolicy, QuadraticReward, Words
 from peft import LoraConfig
 from torch import nn
 
-from vp_rl.algorithms.base import PolicyTraining, differ, total_norm
+from vp_rl.algorithms.base import PolicyTraining, total_norm
 from vp_rl.algorithms.ddpo import DDPO
 from vp_rl.algorithms.refl import ReFL
 from vp_rl.callbacks.guards import Guards
 from vp_rl.data.prompts import PromptDataModule
-from vp_rl.functional import gaussian_log_prob
+from vp_rl.functional import differ, gaussian_log_prob
 from vp_rl.interfaces import Reward
 from vp_rl.policies.sd import StableDiffusion
 from vp_rl.sampler import Sampler, log_prob_of

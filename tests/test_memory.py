@@ -128,9 +128,9 @@ INSIDE = 0.05
 
 def test_training_is_estimated_as_it_is_allocated(ddpo: Any) -> None:
     made, estimator = ddpo
-    estimated = estimator.training(16)
+    estimated = estimator.of("training", 16)
     with real(made, torch.device("cpu")) as work:
-        gradients = allocated(lambda: work.train(16)) - estimated
+        gradients = allocated(lambda: work.do(work.phase("training", 16), 16)) - estimated
     expected = size_of(p for p in made.policy.parameters() if p.requires_grad)  # the estimate leaves them out
     assert gradients == pytest.approx(expected, abs=INSIDE * estimated)
 
@@ -138,42 +138,44 @@ def test_training_is_estimated_as_it_is_allocated(ddpo: Any) -> None:
 def test_sampling_and_reward_are_estimated_as_they_are_allocated(ddpo: Any) -> None:
     made, estimator = ddpo
     with real(made, torch.device("cpu")) as work:
-        images = work.decode(work.policy.noise(16))
-        assert estimator.sampling_step(16) == pytest.approx(allocated(lambda: work.sample(16)), rel=INSIDE)
-        assert estimator.scoring(16) == pytest.approx(allocated(lambda: work.score(images)), rel=INSIDE)
+        for name in ("sampling", "decoding", "reward"):
+            phase = work.phase(name, 16)
+            prepared = work.prepare(phase, 16)
+            taken = allocated(lambda: work.do(phase, prepared))  # noqa: B023
+            assert estimator.of(name, 16) == pytest.approx(taken, rel=INSIDE)
 
 
 def test_estimating_leaves_the_algorithm_as_it_was(ddpo: Any) -> None:
     made, estimator = ddpo
-    assert estimator.training(2)
+    assert estimator.of("training", 2)
     assert all(parameter.grad is None for parameter in made.policy.parameters())
     assert not isinstance(next(made.policy.parameters()), torch._subclasses.FakeTensor)
     with real(made, torch.device("cpu")) as work:
-        work.train(1)
+        work.do(work.phase("training", 1), 1)
     assert all(parameter.grad is None for parameter in made.policy.parameters())
 
 
 def test_the_work_leaves_random_numbers_as_they_were(ddpo: Any) -> None:
     before = torch.get_rng_state()
     with real(ddpo[0], torch.device("cpu")) as work:
-        work.make(1)
+        work.do(work.phase("sampling", 1), 1)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 @pytest.mark.slow
 def test_larger_batches_take_more_and_checkpointing_less(ddpo: Any) -> None:
-    few, many = ddpo[1].training(4), ddpo[1].training(8)
+    few, many = ddpo[1].of("training", 4), ddpo[1].of("training", 8)
     gradients = size_of(p for p in ddpo[0].policy.parameters() if p.requires_grad)  # not all there at the peak
     assert few < many < 2 * few + gradients
     checkpointing: Any = Estimator(algorithm(DDPO, checkpointing=True), ADAM)
-    assert checkpointing.training(8) < many / 2
+    assert checkpointing.of("training", 8) < many / 2
 
 
 @pytest.mark.slow
 def test_all_that_is_frozen_is_counted_once_and_refl_has_the_reward_in_its_training() -> None:
-    plan = solve(Geometry(images_per_update=8, images_per_prompt=4, steps=4), 1, 8, 8)
+    plan = solve(Geometry(images_per_update=8), 1, 8, 8)
     made = algorithm(ReFL)
-    parts: dict[str, Any] = {part.name: part.bytes for part in Estimator(made, ADAM).parts(plan)}
+    parts: dict[str, Any] = {part.name: part.bytes for part in Estimator(made, ADAM).parts(plan.load)}
     frozen = sum(size for name, size in parts.items() if name.startswith("frozen"))
     modules = [*made.policy.parameters(), *made.policy.buffers(), *made.reward.parameters(), *made.reward.buffers()]
     trained = size_of(p for p in made.policy.parameters() if p.requires_grad)
@@ -185,15 +187,15 @@ def test_all_that_is_frozen_is_counted_once_and_refl_has_the_reward_in_its_train
 @pytest.mark.gpu
 def test_training_is_estimated_as_a_gpu_allocates_it() -> None:
     made, device = algorithm(DDPO), torch.device("cuda")
-    estimated = Estimator(made, ADAM).training(64)
+    estimated = Estimator(made, ADAM).of("training", 64)
     trained = size_of(p for p in made.policy.parameters() if p.requires_grad)
     with real(made, device) as work:
-        work.train(64)  # cuDNN's and cuBLAS's workspaces stay
+        work.do(work.phase("training", 64), 64)  # cuDNN's and cuBLAS's workspaces stay
         torch.cuda.synchronize()
         work.forget()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        work.train(64)
+        work.do(work.phase("training", 64), 64)
         torch.cuda.synchronize()
         measured = torch.cuda.max_memory_allocated() - before - trained
     # The allocator rounds each tensor up to 512 bytes, and kernels for convolutions try out workspaces.

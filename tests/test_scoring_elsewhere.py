@@ -8,7 +8,9 @@ import torch
 from fakes import BlackBox, LinearPolicy, fit
 from torch import Tensor
 
+from vp_rl.algorithms.branch_ddpo import BranchDDPO
 from vp_rl.algorithms.ddpo import DDPO
+from vp_rl.algorithms.online import OnlineTraining
 from vp_rl.algorithms.rounds import Scoring
 from vp_rl.interfaces import Reward
 from vp_rl.sampler import Sampler
@@ -32,21 +34,21 @@ class Elsewhere(BlackBox):
         return super().forward(images, prompts)
 
 
-def ddpo(policy: LinearPolicy, reward: Reward, branch: tuple[float, float] | None = None) -> DDPO:
+def ddpo(policy: LinearPolicy, reward: Reward, kind: type[OnlineTraining] = DDPO) -> OnlineTraining:
     optimizer = partial(torch.optim.Adam, lr=0.03)
-    return DDPO(policy, reward, NOISY, optimizer, images_per_prompt=6, sample_batch=8, clip_range=0.2, branch=branch)
+    return kind(policy, reward, NOISY, optimizer, images_per_prompt=6, sample_batch=8, clip_range=0.2)
 
 
-def learned(reward: Reward, branch: tuple[float, float] | None = None, **trainer: object) -> Tensor:
+def learned(reward: Reward, kind: type[OnlineTraining] = DDPO, **trainer: object) -> Tensor:
     policy = LinearPolicy()
-    fit(ddpo(policy, reward, branch), epochs=5, **trainer)
+    fit(ddpo(policy, reward, kind), epochs=5, **trainer)
     return policy.bias.detach()
 
 
-@pytest.mark.parametrize("branch", [None, (0.0, 1.0)])
-def test_what_is_learned_is_the_same_to_the_bit(branch: tuple[float, float] | None) -> None:
+@pytest.mark.parametrize("kind", [DDPO, BranchDDPO])
+def test_what_is_learned_is_the_same_to_the_bit(kind: type[OnlineTraining]) -> None:
     reward = Elsewhere()
-    assert torch.equal(learned(reward, branch), learned(BlackBox(), branch))
+    assert torch.equal(learned(reward, kind), learned(BlackBox(), kind))
     assert all(thread is not MAIN for thread, _, _ in reward.asked)
     assert not any(gradients for _, gradients, _ in reward.asked)
 

@@ -1,7 +1,9 @@
 """Pure maths. Every formula of the system that is not a network is here, in float32, with its source."""
 
+import hashlib
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -90,18 +92,104 @@ def clipped_surrogate(
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
+def seed_of(*position: object) -> int:
+    """A seed of 63 bits for the random numbers of one position in a run, such as (seed, epoch, prompt, image).
+
+    A hash without structure: positions that differ in little have seeds that have nothing in common. Torch's generators
+    on a CPU use the lower 32 bits, so that among n positions about n^2 / 2^33 pairs share their numbers by chance.
+    """
+    return int.from_bytes(hashlib.blake2b(repr(position).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def differ(scores: Float[Tensor, "groups images"]) -> Bool[Tensor, " groups"]:
+    """Whether the scores of a group differ by more than rounding: only then is there something to learn from it."""
+    apart = scores.amax(1) - scores.amin(1)
+    return apart > 1e-6 * scores.mean(1).abs().clamp(min=1)
+
+
 def group_advantages(
     scores: Float[Tensor, "groups images"], clip: float, epsilon: float = 1e-6
 ) -> Float[Tensor, "groups images"]:
     """Scores standardised within each prompt's group, then clipped to +-`clip` standard deviations.
 
-    A group of one, or one whose scores are all equal, says nothing about what is better: its advantages are 0.
+    A group of one, or one whose scores are equal up to rounding, says nothing about what is better: its advantages are
+    exactly 0. Standardising would blow the rounding of their mean up to the size of a signal.
     """
     centered = scores - scores.mean(1, keepdim=True)
     std = centered.square().mean(1, keepdim=True).sqrt()
-    return (centered / (std + epsilon)).clamp(-clip, clip)
+    return torch.where(differ(scores)[:, None], (centered / (std + epsilon)).clamp(-clip, clip), 0.0)
 
 
 def hinge_reward_loss(scores: Float[Tensor, " batch"], target: float) -> Float[Tensor, ""]:
     """mean(relu(target - r)): ReFL's phi, which stops pushing an image once its score reaches `target`."""
     return F.relu(target - scores.float()).mean()
+
+
+def mean_square(difference: Float[Tensor, "batch *latent"]) -> Float[Tensor, " batch"]:
+    """Mean over latent dimensions of each row's squared difference: a denoising error, in the output's own units."""
+    return difference.float().square().flatten(1).mean(1)
+
+
+def diffusion_dpo_loss(
+    better: Float[Tensor, " pairs"], worse: Float[Tensor, " pairs"], beta: float
+) -> Float[Tensor, " pairs"]:
+    """-log sigmoid(-beta / 2 (better - worse)) of each pair (Diffusion-DPO, Wallace et al. 2023, equation 14).
+
+    Args:
+        better: denoising error of the preferred image less the reference model's, at one timestep and noise for both.
+        worse: the same of the other one.
+        beta: as in the published code, where it holds the number of timesteps: 5000 for Stable Diffusion.
+    """
+    return F.softplus(beta / 2 * (better.float() - worse.float()))
+
+
+def loser_bound(
+    better: Float[Tensor, "pairs *latent"], worse: Float[Tensor, "pairs *latent"], slack: float
+) -> Float[Tensor, " pairs"]:
+    """How much of the loser's gradient each pair may keep so that the winner's error still falls (SDPO, 2511.03317).
+
+    clip((1 - slack) |g_w|^2 / <g_l, g_w>, 0, 1) where <g_l, g_w> > 0, else 1, with g the gradients of both errors in
+    the denoiser's output space, which are proportional to output - target. Plain DPO lets both errors rise, the
+    winner's by less. The published code has one factor for a whole micro-batch.
+
+    Args:
+        better: output - target of the preferred image.
+        worse: of the other one.
+        slack: mu in [0, 1]: share of the winner's own progress that the loser's gradient must leave.
+    """
+    winner, loser = better.detach().float().flatten(1), worse.detach().float().flatten(1)
+    against = (winner * loser).sum(1)
+    share = (1 - slack) * winner.square().sum(1) / against.clamp(min=1e-12)
+    return torch.where(against > 0, share.clamp(0, 1), 1.0)
+
+
+def normalised_error(difference: Float[Tensor, "batch *latent"]) -> Float[Tensor, " batch"]:
+    """Mean squared difference over the mean absolute one, a number without gradient: DiffusionNFT's noise weighting."""
+    flat = difference.float().flatten(1)
+    return flat.square().mean(1) / flat.detach().abs().mean(1).clamp(min=1e-5)
+
+
+def nft_loss(
+    new: Float[Tensor, "batch *latent"],
+    old: Float[Tensor, "batch *latent"],
+    target: Float[Tensor, "batch *latent"],
+    good: Float[Tensor, " batch"],
+    beta: float,
+) -> Float[Tensor, " batch"]:
+    """Negative-aware fine-tuning (DiffusionNFT, Zheng et al. 2025, equation 5): good images pull, bad ones push.
+
+    good * E(old + beta (new - old)) / beta + (1 - good) * E(old - beta (new - old)) / beta, with E the normalised error
+    to `target` in the output's own space. The published code takes it in x0 space, which for a velocity is a factor of
+    at most 1, and for a prediction of noise one of 14 at the noisiest steps.
+
+    Args:
+        new: the denoiser's output, with gradients.
+        old: that of the policy that sampled.
+        target: what a perfect denoiser would say.
+        good: optimality of each image in [0, 1].
+        beta: strength of the guidance that is learned.
+    """
+    old = old.detach()
+    pull = normalised_error(old + beta * (new - old) - target)
+    push = normalised_error(old - beta * (new - old) - target)
+    return (good * pull + (1 - good) * push) / beta

@@ -5,9 +5,9 @@ A new one of a kind is one subclass in one file, and one yaml. Implementations a
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -81,6 +81,11 @@ class TrainableReward(Reward):
 class Process(ABC):
     """The maths of one family of samplers: no network, no mutable position, everything in float32."""
 
+    @property
+    @abstractmethod
+    def train_timesteps(self) -> int:
+        """How many noise levels the denoiser was pretrained on, 0 to this less 1; 1000 for most."""
+
     @abstractmethod
     def timesteps(self, steps: int, device: torch.device | None = None) -> Float[Tensor, " steps"]:
         """What the denoiser is told at each of `steps` sampling steps, noisiest first; in main memory, or on a device.
@@ -142,6 +147,28 @@ class Policy(nn.Module, ABC):
     def merged(self) -> AbstractContextManager[None]:
         """Inside it sampling may be faster; only without gradients, and with the same images to rounding."""
         return nullcontext()
+
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """A copy of what is trained, by name."""
+        return {name: p.detach().clone() for name, p in self.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def using(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside it the adapter has these weights, as `adapter_weights` gives them; afterwards its own again.
+
+        For what is done without gradients: a graph that was made inside would meet the other weights outside.
+        """
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        own = {name: trained[name].detach().clone() for name in weights}
+        with torch.no_grad():
+            for name, weight in weights.items():
+                trained[name].copy_(weight)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, weight in own.items():
+                    trained[name].copy_(weight)
 
     @abstractmethod
     def save_adapter(self, directory: Path) -> None:

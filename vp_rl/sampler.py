@@ -1,11 +1,11 @@
 """From noise to images: one sampler serves every algorithm.
 
 `sample` makes images, or goes part of the way to them (ReFL); `rollout` keeps the whole trajectory with its
-log-probabilities (DDPO), `branch` one random step on an otherwise deterministic way (DDPO with `branch`);
+log-probabilities (DDPO), `branch` one random step on an otherwise deterministic way (branching DDPO);
 `transition` is any one step, with gradients.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -13,7 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
-from vp_rl.functional import gaussian_log_prob, rows
+from vp_rl.functional import gaussian_kl, gaussian_log_prob, rows
 from vp_rl.interfaces import Policy
 from vp_rl.types import Branches, Conditioning, Latents, Steps, Trajectory, Transition, take
 
@@ -63,17 +63,29 @@ class Sampler:
         """
         latents = policy.noise(_batch(conditioning), generator)
         with policy.merged():
-            return self._walk(policy, latents, range(self.steps)[:until], conditioning, generator)
+            return self.walk(policy, latents, range(self.steps)[:until], conditioning, generator)
 
     @torch.no_grad()
-    def rollout(self, policy: Policy, conditioning: Conditioning, generator: Generators = None) -> Trajectory:
-        """The whole way from noise to finished latents, with the log-probability of each step."""
+    def rollout(
+        self,
+        policy: Policy,
+        conditioning: Conditioning,
+        generator: Generators = None,
+        random: Collection[int] | None = None,
+    ) -> Trajectory:
+        """The whole way from noise to finished latents, with the log-probability of each step.
+
+        Args:
+            random: the steps that are taken with noise, the others without (MixGRPO); None: all of them.
+        """
+        still = replace(self, eta=0.0)
         latents = policy.noise(_batch(conditioning), generator)
         path, log_probs, stds = [latents], [], []
         with policy.merged():
             for step in range(self.steps):
-                transition = self.transition(policy, latents, self._at(step, latents), conditioning)
-                latents = self._draw(transition, generator)
+                sampler = self if random is None or step in random else still
+                transition = sampler.transition(policy, latents, self._at(step, latents), conditioning)
+                latents = sampler.draw(transition, generator)
                 path.append(latents)
                 log_probs.append(log_prob_of(latents, transition))
                 stds.append(transition.std[0])
@@ -103,10 +115,10 @@ class Sampler:
         with policy.merged():
             latents = still.sample(policy, conditioning, generator, until=step)
             apart = repeat(self.transition(policy, latents, self._at(step, latents), conditioning), each)
-            after = self._draw(apart, generator if parting is None else parting)
+            after = self.draw(apart, generator if parting is None else parting)
             row = torch.arange(len(latents), device=latents.device).repeat_interleave(each)
             finished = [
-                still._walk(policy, chunk, range(step + 1, self.steps), take(conditioning, rows))
+                still.walk(policy, chunk, range(step + 1, self.steps), take(conditioning, rows))
                 for chunk, rows in zip(after.split(batch), row.split(batch), strict=True)
             ]
         shape = (len(latents), each)
@@ -123,7 +135,18 @@ class Sampler:
         output = policy.predict(latents, timestep, conditioning, self.guidance)
         return policy.process.transition(output, latents, step, self.steps, self.eta)
 
-    def _walk(
+    def kl_to_reference(
+        self, policy: Policy, transition: Transition, latents: Latents, step: Steps, conditioning: Conditioning
+    ) -> Float[Tensor, " batch"]:
+        """KL of the policy's steps to those without its adapter, averaged over latent dimensions.
+
+        Gradients flow into `transition` alone. Its steps must be random ones.
+        """
+        with torch.no_grad(), policy.reference():
+            reference = self.transition(policy, latents, step, conditioning)
+        return gaussian_kl(transition.mean, reference.mean, transition.std)
+
+    def walk(
         self,
         policy: Policy,
         latents: Latents,
@@ -131,15 +154,17 @@ class Sampler:
         conditioning: Conditioning,
         generator: Generators = None,
     ) -> Latents:
+        """Latents after these steps, in their order. Gradients flow, unless the caller switches them off."""
         for step in steps:
-            latents = self._draw(self.transition(policy, latents, self._at(step, latents), conditioning), generator)
+            latents = self.draw(self.transition(policy, latents, self._at(step, latents), conditioning), generator)
         return latents
 
     @staticmethod
     def _at(step: int, latents: Latents) -> Steps:
         return torch.full((len(latents),), step, device=latents.device)
 
-    def _draw(self, transition: Transition, generator: Generators) -> Latents:
+    def draw(self, transition: Transition, generator: Generators) -> Latents:
+        """A sample of a step: its mean, and noise where it has any."""
         if self.eta == 0:
             return transition.mean
         return transition.mean + rows(transition.std, transition.mean) * _noise_like(transition.mean, generator)

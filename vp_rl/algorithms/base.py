@@ -1,16 +1,14 @@
-"""What every way of training a policy against a reward shares."""
+"""What every way of training a policy shares: an adapter, an optimizer, random numbers by position, checkpoints."""
 
+import math
 import time
-import zlib
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal
 
 import lightning
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from lightning.pytorch.plugins.precision import DeepSpeedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -20,53 +18,49 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from vp_rl.algorithms.clipping import ClippedModule
-from vp_rl.functional import gaussian_kl
+from vp_rl.algorithms.phases import Cut, Load, Phase
+from vp_rl.functional import seed_of
 from vp_rl.interfaces import Policy, Reward
-from vp_rl.sampler import Sampler
-from vp_rl.types import Conditioning, Images, Latents, PromptBatch, Scores, Steps, Transition
+from vp_rl.types import Conditioning, Images, Scores
 
+_EXTRA = "_extra_state"  # torch's name for it
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
-@runtime_checkable
-class PromptBatches(Protocol):
-    """An epoch's batches of prompts, as one of several devices gets them."""
+class PolicyTraining(ClippedModule):
+    """Trains a policy's adapter; checkpoints hold the adapter only. It need not have a reward or a sampler.
 
-    batch_size: int
-    devices_per_prompt: int
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[PromptBatch]: ...
-
-
-class PolicyTraining(ClippedModule, ABC):
-    """Holds the policy, the frozen reward and the sampler; checkpoints the adapter only.
-
-    Precision, accumulation, gradient clipping, devices and strategy are the Trainer's settings.
+    A subclass has a `training_step`, whose loss goes through `weighed`. The rest are hooks for callbacks and for the
+    planner, with defaults for an algorithm that trains on a data module's own batches. Precision, accumulation,
+    gradient clipping, devices and strategy are the Trainer's settings.
 
     Args:
         policy: what is trained.
-        reward: what it is trained against.
-        sampler: how its images are made while it trains.
         optimizer: given the adapter's parameters, makes the optimizer.
+        reward: what it is trained against; None: it learns from data alone.
         decay: whether the learning rate falls to 0 by a cosine over the run, or stays.
         seed: of images' noise and of every other random choice.
     """
 
+    bounds: ClassVar[tuple[str, str]] = ("data.batch_size", "data.batch_size")
+    """The settings that say how much is trained on at once, and sampled at once: what fits, where they are auto."""
+    rounding: ClassVar[frozenset[str]] = frozenset()
+    """Its own settings that a resumed run may change at the cost of rounding."""
+    dealt: ClassVar[frozenset[str]] = frozenset()
+    """Its own settings that may change with the number of devices, as long as `together` stays."""
+
     def __init__(
         self,
         policy: Policy,
-        reward: Reward,
-        sampler: Sampler,
         optimizer: MakeOptimizer,
+        *,
+        reward: Reward | None = None,
         decay: bool = False,
         seed: int = 0,
     ) -> None:
         super().__init__()
         self.policy = policy
-        self.reward = reward.requires_grad_(False).eval()
-        self.sampler = sampler
+        self.reward = None if reward is None else reward.requires_grad_(False).eval()
         self.seed = seed
         self.images = 0  # of the running epoch
         self.on_nonfinite: Literal["raise", "skip"] = "raise"
@@ -74,7 +68,7 @@ class PolicyTraining(ClippedModule, ABC):
         self.averaged: Callable[[], AbstractContextManager[None]] = nullcontext
         """Inside it the policy has the adapter that counts as the run's: its own, or the average of a callback."""
         self.scores: Float[Tensor, "prompts images"] | None = None
-        """What the reward last gave, of this rank's images: of DDPO's round, of ReFL's batch."""
+        """What the reward last gave, of this rank's images: of a round, or of a batch; None: there is no reward."""
         self.strict_loading = False  # checkpoints hold the adapter alone; `on_load_checkpoint` is the strict one
         self._make_optimizer, self._decay = optimizer, decay
 
@@ -121,53 +115,98 @@ class PolicyTraining(ClippedModule, ABC):
         """Wall time of the running epoch so far."""
         return time.monotonic() - self._started
 
-    def batches(self, prompts: PromptBatches) -> Iterable[Any]:
-        """What an epoch of this algorithm trains on, given the epoch's prompts: here, the prompts themselves."""
-        return PromptLoader(self, prompts)
+    # --- hooks of callbacks
 
-    def resumable_after(self, batches: int) -> bool:
-        """Whether a run that stops after so many of an epoch's batches can go on as if it had not; here, always."""
-        return True
-
-    @abstractmethod
-    def self_test(self, batch: Any) -> str:
+    def self_test(self, batch: Any) -> str | None:
         """Looks, on the first rows of a batch, whether training could teach anything; before the first update.
 
         Leaves no gradients behind, and draws no random numbers that training does.
 
         Returns:
-            What was found, in words.
+            What was found, in words; None: there is nothing to look at.
 
         Raises:
             ValueError: it could not.
         """
+        return None
 
-    @abstractmethod
     def describe(self, batch: Any) -> str:
-        """The prompts of a batch, and the sampling steps it trains, in words."""
+        """The prompts of a batch, and the sampling steps it trains, in words; empty: it has no words for it."""
+        return ""
+
+    # --- hooks of the planner (vp_rl/planning)
+
+    @classmethod
+    def together(cls, settings: Mapping[str, Any], devices: int) -> Any:
+        """What all devices do together, whatever each of them does: a resumed run may be dealt out to others.
+
+        Args:
+            settings: of the run, by dotted names.
+            devices: in all.
+        """
+        accumulated = devices * settings["trainer.accumulate_grad_batches"]
+        prompts = settings["data.batch_size"] / settings.get("data.devices_per_prompt", 1)
+        images = settings.get("data.images_per_batch", 1) if settings.get("data.images") is not None else 0
+        epoch = settings.get("data.batches_per_epoch", 1) / settings["trainer.accumulate_grad_batches"]
+        return prompts * accumulated, images * accumulated, epoch
+
+    def cut(self) -> Cut:
+        """How an update's examples follow from its images: here, each image is one."""
+        return Cut()
+
+    def load(self, data: Mapping[str, Any], accumulate: int) -> tuple[Load, int]:
+        """One device's work as a run's settings have it, without a stated size of an update.
+
+        Args:
+            data: settings of the data module.
+            accumulate: micro-batches of an update.
+
+        Returns:
+            It, and how many updates it is: of an epoch, here.
+        """
+        size, batches = data["batch_size"], data.get("batches_per_epoch", 1)
+        return Load(size * batches, size * batches, size, size, batches), math.ceil(batches / accumulate)
+
+    def settings_of(self, load: Load, accumulate: int, devices_per_prompt: int) -> dict[str, int]:
+        """The settings that make a device do this, where the size of an update is stated."""
+        return {
+            "data.batch_size": load.train_batch,
+            "data.batches_per_epoch": load.micro_batches,
+            "trainer.accumulate_grad_batches": accumulate,
+        }
+
+    def resize(self, sizes: Mapping[str, int]) -> None:
+        """Takes the sizes of its own that the planner has found, by their settings' names; here, it has none."""
+        assert not sizes, f"{type(self).__name__} has no {', '.join(sizes)}"
+
+    def phases(self, load: Load, prompt: Conditioning) -> list[Phase]:
+        """The pieces of work that a round of so much is made of, on made-up data.
+
+        Args:
+            load: of the round, or of the epoch where there are no rounds.
+            prompt: `PROMPT`, encoded.
+
+        Raises:
+            ValueError: this algorithm does not say.
+        """
+        raise ValueError(
+            f"{type(self).__name__} does not say what its work is made of, so dry_run, auto and geometry cannot plan "
+            "it: give data.batch_size and trainer.accumulate_grad_batches, or write its `phases`."
+        )
+
+    # --- for subclasses
 
     def generator(self, *position: int) -> torch.Generator:
         """Random numbers for what has this position in the run: epoch, round or update, and in it prompt and image.
 
         There is nothing to save and nothing to restore, and it plays no part which device draws them, or beside what.
         """
-        return torch.Generator().manual_seed(zlib.crc32(repr((self.seed, *position)).encode()))
+        return torch.Generator().manual_seed(seed_of(self.seed, *position))
 
     def generators(self, places: Iterable[int], images: Iterable[int], *position: int) -> list[torch.Generator]:
         """One for each image of each prompt, by the prompts' places in the batch of all devices."""
         images = list(images)
         return [self.generator(*position, place, image) for place in places for image in images]
-
-    def kl_to_reference(
-        self, transition: Transition, latents: Latents, step: Steps, conditioning: Conditioning
-    ) -> Float[Tensor, " batch"]:
-        """KL of the policy's steps to those without its adapter, averaged over latent dimensions.
-
-        Gradients flow into `transition` alone. Its steps must be random ones.
-        """
-        with torch.no_grad(), self.policy.reference():
-            reference = self.sampler.transition(self.policy, latents, step, conditioning)
-        return gaussian_kl(transition.mean, reference.mean, transition.std)
 
     def score(self, images: Images, prompts: list[str]) -> Scores:
         """The reward's scores, which must be finite numbers unless `on_nonfinite` is to skip.
@@ -175,6 +214,7 @@ class PolicyTraining(ClippedModule, ABC):
         Raises:
             ValueError: some are not; names the reward, the first such prompt and the update.
         """
+        assert self.reward is not None, "whoever scores has one"
         scores = self.reward(images, prompts)
         bad = ~torch.isfinite(scores)
         if self.on_nonfinite == "raise" and bad.any():
@@ -219,65 +259,28 @@ class PolicyTraining(ClippedModule, ABC):
         """The state of a checkpoint whose parameters FSDP2's strategy has taken and loaded; loads the rest of it."""
         assert self.trainer.ckpt_path is not None
         state = torch.load(self.trainer.ckpt_path, map_location="cpu", mmap=True, weights_only=True)["state_dict"]
-        rest = {name: value for name, value in state.items() if name.endswith("_extra_state")}
+        rest = {name: value for name, value in state.items() if name.endswith(_EXTRA)}
         self.load_state_dict(rest, strict=False)
         return state
 
     def _kept(self) -> set[str]:
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
-        extra = (name for name in self.reward.state_dict(prefix="reward.") if name.endswith("_extra_state"))
-        return trained | set(extra)
+        return trained | self.extra_state().keys()
 
-
-class EpochLoader(ABC):
-    """An epoch's batches from where the run is in it: all of them, or those that a resumed run has not had.
-
-    What a batch is follows from its place in the run, which Lightning restores: there is nothing else to save. That it
-    could be saved tells Lightning that the loader knows how to go on.
-    """
-
-    def __init__(self, algorithm: PolicyTraining, prompts: PromptBatches) -> None:
-        self._algorithm, self._prompts = algorithm, prompts
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def __iter__(self) -> Iterator[Any]: ...
-
-    def done(self) -> int:
-        """Batches of the running epoch that came before: above 0 where a resumed run asks for its first."""
-        return self._algorithm.trainer.fit_loop.epoch_loop.batch_progress.current.ready
-
-    def state_dict(self) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: B027  # Lightning looks whether it is there
-        """Nothing to read."""
-
-
-class PromptLoader(EpochLoader):
-    """Batches of prompts."""
-
-    def __len__(self) -> int:
-        return len(self._prompts)
-
-    def __iter__(self) -> Iterator[PromptBatch]:
-        # A generator: it must not look before the first batch is asked for, when Lightning knows where it is.
-        yield from islice(self._prompts, self.done(), None)
+    def extra_state(self) -> dict[str, Any]:
+        """What modules are resumed with beside their parameters (`get_extra_state`), by name."""
+        stateful = (
+            (f"{name}.{_EXTRA}".lstrip("."), module)
+            for name, module in self.named_modules()
+            if type(module).get_extra_state is not nn.Module.get_extra_state
+        )
+        return {name: module.get_extra_state() for name, module in stateful}
 
 
 def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The members of the outermost lists: what a denoiser is a row of."""
     for child in module.children():
         yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
-
-
-def differ(scores: Float[Tensor, "groups images"]) -> Bool[Tensor, " groups"]:
-    """Whether the scores of a group differ by more than rounding: only then is there something to learn from it."""
-    apart = scores.amax(1) - scores.amin(1)
-    return apart > 1e-6 * scores.mean(1).abs().clamp(min=1)
 
 
 def total_norm(gradients: list[Tensor]) -> float:

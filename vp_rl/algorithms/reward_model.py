@@ -11,7 +11,6 @@ What differs from ImageReward's published recipe:
 import itertools
 import logging
 import math
-import zlib
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from torch.optim import Optimizer
 from vp_rl.algorithms.base import decaying
 from vp_rl.algorithms.clipping import ClippedModule
 from vp_rl.algorithms.shares import of_all_devices, unrepeated
-from vp_rl.functional import label_belief, preference_weights, ranking_loss
+from vp_rl.functional import label_belief, preference_weights, ranking_loss, seed_of
 from vp_rl.interfaces import TrainableReward
 from vp_rl.types import ASPECTS, PreferenceBatch
 
@@ -101,17 +100,15 @@ class RewardModel(ClippedModule):
                 "algorithm.learn_weights=true fits the aspects' weights to mean ratings, and these data rate no "
                 "aspects: they say which image is better as a whole. Set it to false, or train on a VisionPrefer."
             )
-        position = (self._seed, self.trainer.global_rank, self.trainer.current_epoch, batch_idx)
-        torch.manual_seed(zlib.crc32(repr(position).encode()))
+        torch.manual_seed(seed_of(self._seed, self.trainer.global_rank, self.trainer.current_epoch, batch_idx))
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """The ranking loss over the pairs of all devices' batches."""
+        """The ranking loss over pairs, which all count alike, on whichever device and in whichever batch."""
         columns = self._columns(batch)
         belief = label_belief(batch.margins, self._margin_scale, self._smoothing)
         loss = self._loss("train", batch, columns, belief)
-        # Gradients are averaged over devices; pairs are to count alike, wherever they are.
         pairs = torch.tensor(float(len(batch.better)), device=self.device)
-        return loss * (len(batch.better) / self.trainer.strategy.reduce(pairs, reduce_op="mean"))
+        return self.weighed(loss, len(batch.better), of_all=self.trainer.strategy.reduce(pairs, reduce_op="mean"))
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Logs the loss and the pairwise accuracy."""

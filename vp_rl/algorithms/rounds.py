@@ -1,31 +1,17 @@
-"""A round of DDPO on several devices: what each of them does, and what they know together."""
+"""A round on several devices: what each of them does, and what they know together."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, distributed
 
-from vp_rl.types import Conditioning, Images, Latents, PromptBatch, Scores, Steps
-
-
-class StepBatch(NamedTuple):
-    """A micro-batch of states x_t, each with the steps that were drawn from it: one, or with `branch` several."""
-
-    latents: Float[Tensor, "batch *latent"]
-    next_latents: Float[Tensor, "batch draws *latent"]
-    step: Steps
-    log_probs: Float[Tensor, "batch draws"]
-    """Under the policy that sampled."""
-    advantages: Float[Tensor, "batch draws"]
-    weight: Float[Tensor, " batch"]
-    prompt: Int[Tensor, " batch"]
-    """Row of the round's conditioning."""
+from vp_rl.types import Conditioning, Images, Latents, PromptBatch, Scores
 
 
 class Share(NamedTuple):
@@ -39,11 +25,45 @@ class Share(NamedTuple):
     """Of all devices."""
 
 
-class Rollout(NamedTuple):
-    """A round's images, as what is needed to learn from them: all states with their steps, and the encoded prompts."""
+class Part(NamedTuple):
+    """Images that a device samples together; those of a prompt are next to each other."""
 
-    states: StepBatch
-    """Prompt by prompt, image by image, step by step; with `branch`, one for each prompt."""
+    conditioning: Conditioning
+    """A row for each image."""
+    noise: list[torch.Generator]
+    """One for each image. What is drawn from it depends neither on the batch nor on the device."""
+    places: list[int]
+    """Of the prompts among those of all devices: what is drawn once a prompt follows from these."""
+    each: int
+    """Images of each prompt; with `whole_prompts` all that this device makes of it."""
+
+
+class Batch(NamedTuple):
+    """Examples to learn from: a round's, or a micro-batch of them."""
+
+    examples: Any
+    """What `collect` gave: a NamedTuple of tensors whose rows are examples."""
+    advantages: Float[Tensor, "examples images"]
+    """Of the images that an example is of: one, with `whole_prompts` all of its prompt on this device."""
+    prompt: Int[Tensor, " examples"]
+    """Row of the round's conditioning."""
+
+    def take(self, rows: Int[Tensor, " rows"], device: torch.device | None = None) -> "Batch":
+        """Some of them, where they are or on a device."""
+        examples = type(self.examples)(*(field[rows].to(device) for field in self.examples))
+        return Batch(examples, self.advantages[rows].to(device), self.prompt[rows].to(device))
+
+    def pinned(self) -> "Batch":
+        """In memory that is sent to a GPU without waiting for it."""
+        examples = type(self.examples)(*(field.pin_memory() for field in self.examples))
+        return Batch(examples, self.advantages.pin_memory(), self.prompt.pin_memory())
+
+
+class Rollout(NamedTuple):
+    """A round: all that there is to learn from, in main memory, and its encoded prompts."""
+
+    batch: Batch
+    """Prompt by prompt, image by image, example by example; with `whole_prompts` prompt by prompt."""
     conditioning: Conditioning
     share: Share
 
@@ -71,33 +91,38 @@ def of_all(scores: Float[Tensor, "own_prompts own_images"], devices_per_prompt: 
     return rearrange(torch.stack(every), order, share=devices_per_prompt)
 
 
-class Replayed:
-    """What an epoch's micro-batches gave, looked at once: looking at each would wait for the device, and logging each
-    takes milliseconds.
+class Means:
+    """Metrics of an epoch's micro-batches, kept on the device and looked at once.
+
+    Looking at each would wait for the device, and logging each takes milliseconds.
+
+    Args:
+        largest: the metrics whose largest value counts.
     """
 
-    def __init__(self) -> None:
-        self._values: list[Float[Tensor, "loss_ratio_clipped samples"]] = []
-        self._drifts: list[Float[Tensor, ""]] = []
+    def __init__(self, largest: Collection[str] = ()) -> None:
+        self._largest = largest
+        self._sums: dict[str, Float[Tensor, ""]] = {}
+        self._samples: dict[str, int] = {}
+        self._maxima: dict[str, Float[Tensor, ""]] = {}
 
-    def add(
-        self, loss: Float[Tensor, ""], log_ratio: Float[Tensor, " samples"], clip_range: float, sampled: bool
-    ) -> None:
-        """A micro-batch; whether the policy is still the one that `sampled` it, so that the ratio should be 1."""
-        ratio = log_ratio.exp()
-        clipped = ((ratio - 1).abs() > clip_range).float()
-        self._values.append(torch.stack([loss.expand_as(ratio), ratio, clipped]))
-        if sampled:
-            self._drifts.append(log_ratio.abs().max())
+    def add(self, values: Mapping[str, Tensor], samples: int) -> None:
+        """A micro-batch: of each metric a value for each sample, or one for all of so many samples."""
+        for name, value in values.items():
+            value = value.detach().float()
+            if name in self._largest:
+                self._maxima[name] = torch.maximum(value.max(), self._maxima.get(name, value.max()))
+            else:
+                self._sums[name] = self._sums.get(name, 0.0) + value.mean() * samples
+                self._samples[name] = self._samples.get(name, 0) + samples
 
     def means(self) -> dict[str, float]:
-        """Over all samples, by the metrics' names."""
-        names = "train/loss", "train/ratio", "train/clip_fraction"
-        return dict(zip(names, torch.cat(self._values, 1).mean(1).tolist(), strict=True))
+        """Over all samples."""
+        return {name: (total / self._samples[name]).item() for name, total in self._sums.items()}
 
-    def drift(self) -> Float[Tensor, ""] | None:
-        """The largest difference of two log-probabilities that should be one; None where nothing was so fresh."""
-        return torch.stack(self._drifts).max() if self._drifts else None
+    def maxima(self) -> dict[str, Float[Tensor, ""]]:
+        """The largest values."""
+        return dict(self._maxima)
 
 
 class Scoring:

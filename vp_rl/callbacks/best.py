@@ -1,11 +1,9 @@
 """The adapter of the best evaluation so far, and when to give up waiting for a better one."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vp_rl.interfaces import Policy
@@ -30,7 +28,7 @@ class BestAdapter:
             self._waited += 1
             return False
         self.epoch, self.value, self._waited = epoch, value, 0
-        self._weights = {name: weight.detach().cpu().clone() for name, weight in _trained(policy)}
+        self._weights = {name: weight.cpu() for name, weight in policy.adapter_weights().items()}
         return True
 
     @property
@@ -38,15 +36,9 @@ class BestAdapter:
         """Whether `patience` is."""
         return self._patience is not None and self._waited >= self._patience
 
-    @contextmanager
-    def on(self, policy: Policy) -> Iterator[None]:
+    def on(self, policy: Policy) -> AbstractContextManager[None]:
         """Inside it the policy has the best adapter, if there has been an evaluation; afterwards its own again."""
-        own = {name: weight.detach().clone() for name, weight in _trained(policy)}
-        _put(policy, self._weights)
-        try:
-            yield
-        finally:
-            _put(policy, own)
+        return policy.using(self._weights)
 
     def save(self, folder: Path, policy: Policy) -> None:
         """Writes the adapter to a folder in the policy's own format."""
@@ -62,14 +54,3 @@ class BestAdapter:
         """Reads what `state_dict` gave."""
         self.epoch, self.value, self._waited = state["epoch"], state["value"], state["waited"]
         self._weights = state["weights"]
-
-
-def _trained(policy: Policy) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    return ((name, each) for name, each in policy.named_parameters() if each.requires_grad)
-
-
-@torch.no_grad()
-def _put(policy: Policy, weights: dict[str, Tensor]) -> None:
-    for name, weight in _trained(policy):
-        if name in weights:
-            weight.copy_(weights[name])

@@ -23,6 +23,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.callbacks import Checkpoint, Timer
 
 from vp_rl.algorithms.base import PolicyTraining
+from vp_rl.algorithms.prompt_training import Resumable
 from vp_rl.callbacks.checkpoint_files import AtomicCheckpointIO, order
 
 log = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ class RunCheckpoints(Checkpoint):
         self._started = self._left = False
         self._exact = False  # no update has been made since the last place that can be resumed from
         self._place = self._saved = (0, 0)  # epochs, and batches of the next one: that place, and the last checkpoint's
-        self._reward_state: dict[str, Any] = {}  # at that place
+        self._extra_state: dict[str, Any] = {}  # at that place
 
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
         """Has checkpoints written atomically, unless the user chose how; removes what a kill left half-written."""
@@ -119,7 +120,8 @@ class RunCheckpoints(Checkpoint):
     ) -> None:
         """Stops if it was asked to and a run can be resumed from here; an epoch's last batch leaves that to its end."""
         done = batch_idx + 1
-        whole = isinstance(module, PolicyTraining) and module.resumable_after(done)
+        loader = trainer.train_dataloader  # which knows what of its batches it can give again
+        whole = isinstance(loader, Resumable) and loader.resumable_after(done)
         if not whole or done % trainer.accumulate_grad_batches or done == trainer.num_training_batches:
             return
         self._reach(module, trainer.current_epoch, done)
@@ -187,7 +189,7 @@ class RunCheckpoints(Checkpoint):
         stopped = trainer.should_stop and not any(isinstance(each, Timer) for each in trainer.callbacks)  # type: ignore[attr-defined]
         checkpoint["run"] = {"settings": dict(self.settings), "devices": trainer.world_size, "stopped": stopped}
         if self._exact:
-            checkpoint["state_dict"].update(self._reward_state)
+            checkpoint["state_dict"].update(self._extra_state)
 
     def on_load_checkpoint(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, checkpoint: dict[str, Any]
@@ -238,10 +240,7 @@ class RunCheckpoints(Checkpoint):
     def _reach(self, module: lightning.LightningModule, epoch: int, batch: int) -> None:
         self._exact, self._place = True, (epoch, batch)
         if isinstance(module, PolicyTraining):
-            state = module.reward.state_dict(prefix="reward.")
-            self._reward_state = {
-                name: copy.deepcopy(value) for name, value in state.items() if name.endswith("_extra_state")
-            }
+            self._extra_state = copy.deepcopy(module.extra_state())
 
     # --- signals
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 
+from vp_rl.algorithms.base import PolicyTraining
+
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"epoch=(\d+)(?:-batch=(\d+))?\.ckpt")
@@ -25,7 +27,6 @@ _DEALT = {  # what may change with the number of devices, as long as all of them
     "data.devices_per_prompt",
     "data.images_per_batch",
     "data.batches_per_epoch",
-    "algorithm.train_batch",
     "trainer.accumulate_grad_batches",
 }
 _ROUNDING = {  # what a run may go on with, though not to the same bits
@@ -34,7 +35,6 @@ _ROUNDING = {  # what a run may go on with, though not to the same bits
     "policy.economy.vae_batch",
     "policy.economy.channels_last",
     "policy.economy.compile",
-    "algorithm.sample_batch",
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
@@ -113,15 +113,23 @@ def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
     return None
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+def differences(
+    before: Mapping[str, Any], now: Mapping[str, Any], algorithm: type | None = None
+) -> tuple[list[str], list[str]]:
     """What a checkpoint's settings and a run's differ in: what must not, and what only costs bit-identity.
 
     Everything else (how long, where to, how watched) may. What is learned from must stay: the optimizer would go on
     with the checkpoint's learning rate whatever the settings say, and other prompts, noise or rewards make another run.
 
+    Args:
+        before: the checkpoint's settings.
+        now: the run's.
+        algorithm: its class, which knows what of its own settings may change; None: none of them.
+
     Returns:
         Lines that name a setting and both its values.
     """
+    own = algorithm if algorithm is not None and issubclass(algorithm, PolicyTraining) else PolicyTraining
     one, other = _flat(before), _flat(now)
     changed = {name for name in one.keys() | other.keys() if one.get(name) != other.get(name)}
     ties = _LENGTHS if other.get("algorithm.decay") else ()  # the rate falls over the whole run
@@ -132,27 +140,25 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list
     def lines(names: set[str]) -> list[str]:
         return [f"{name}={other.get(name)!r}, was {one.get(name)!r}" for name in sorted(names)]
 
-    rounding = _ROUNDING | _DEALT if _together(one) == _together(other) else _ROUNDING
+    rounding = _ROUNDING | own.rounding
+    if _together(one, own) == _together(other, own):
+        rounding |= _DEALT | own.dealt
     return lines(fixed - rounding - _FREE), lines(changed & rounding)
 
 
-def _together(settings: Mapping[str, Any]) -> Any:
+def _together(settings: Mapping[str, Any], algorithm: type[PolicyTraining]) -> Any:
     """What a run is made of, however it is dealt out: the stated geometry, or what all devices do together.
 
     Of settings that leave the number of devices open it is the settings themselves.
     """
     if settings.get("geometry.images_per_update") is not None:
         return settings["geometry.images_per_update"], settings.get("geometry.updates")
-    values = {name: settings.get(name, 1) for name in ("trainer.devices", "trainer.num_nodes", *_DEALT)}
+    names = ("trainer.devices", "trainer.num_nodes", *sorted(_DEALT | algorithm.dealt))
+    values = {name: settings.get(name, 1) for name in names}
     if not all(isinstance(value, int) and value > 0 for value in values.values()):
         return values
     devices = values["trainer.devices"] * values["trainer.num_nodes"]
-    accumulated = devices * values["trainer.accumulate_grad_batches"]
-    prompts, batches = values["data.batch_size"] / values["data.devices_per_prompt"], values["data.batches_per_epoch"]
-    images = values["data.images_per_batch"] if settings.get("data.images") is not None else 0
-    if "algorithm.train_batch" in settings:  # DDPO's updates are of the states of a round
-        return prompts * devices, batches, values["algorithm.train_batch"] * accumulated
-    return prompts * accumulated, images * accumulated, batches / values["trainer.accumulate_grad_batches"]
+    return algorithm.together({**settings, **values}, devices)
 
 
 def _flat(settings: Any, name: str = "") -> dict[str, Any]:

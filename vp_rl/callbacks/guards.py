@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from vp_rl.algorithms.base import PolicyTraining, differ, total_norm
+from vp_rl.algorithms.base import PolicyTraining, total_norm
+from vp_rl.functional import differ
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ class Guards(lightning.Callback):
         if not self._tested and isinstance(module, PolicyTraining):
             with trainer.precision_plugin.forward_context():
                 found = module.self_test(batch)
-            log.info("self-test: %s", found)
+            if found is not None:
+                log.info("self-test: %s", found)
         self._tested = True
 
     def on_before_backward(self, trainer: lightning.Trainer, module: lightning.LightningModule, loss: Tensor) -> None:
@@ -171,4 +173,5 @@ def _against(module: lightning.LightningModule, batch: Any, accumulated: int) ->
     if not isinstance(module, PolicyTraining):
         return ""
     others = f", or the {accumulated - 1} micro-batches before it" if accumulated > 1 else ""
-    return f"; {type(module.reward).__name__} on {module.describe(batch)}{others}"
+    reward = "" if module.reward is None else f"{type(module.reward).__name__} on "
+    return f"; {reward}{module.describe(batch)}{others}"

@@ -1,6 +1,5 @@
 """Prompts to train a policy on, in an order that follows from the seed alone."""
 
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from vp_rl.data.preferences import best_images
+from vp_rl.functional import seed_of
 from vp_rl.interfaces import PromptSource
 from vp_rl.types import PromptBatch
 
@@ -121,7 +121,7 @@ class Stream:
         return [int(self._order(place // self._number)[place % self._number]) for place in places]
 
     def _shuffle(self, turn: int) -> Tensor:
-        generator = torch.Generator().manual_seed(zlib.crc32(f"{self._seed}/{turn}".encode()))
+        generator = torch.Generator().manual_seed(seed_of(self._seed, turn))
         return torch.randperm(self._number, generator=generator)
 
 

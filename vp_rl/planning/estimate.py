@@ -1,10 +1,9 @@
 """What of a run needs how much memory at its peak, by part: counted on fakes, before anything is on a device."""
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
-import torch
 from torch import nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
@@ -14,10 +13,9 @@ from torch._subclasses.fake_tensor import (
 )
 
 from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining
-from vp_rl.algorithms.ddpo import DDPO
-from vp_rl.planning.geometry import Plan
+from vp_rl.algorithms.phases import PROMPT, Load, Phase
 from vp_rl.planning.memory import Fakes, optimizer_bytes, size_of, weights
-from vp_rl.planning.work import PROMPT, Context, Work
+from vp_rl.planning.work import Context, Work
 
 _UNCOUNTABLE = (
     DataDependentOutputException,
@@ -56,71 +54,54 @@ class Estimator:
     ) -> None:
         self._algorithm, self._fakes = algorithm, fakes or Fakes()
         self._optimizer = optimizer_bytes(make_optimizer)
-        policy, reward = self._fakes.module(algorithm.policy), self._fakes.module(algorithm.reward)
-        conditioning = {name: self._fakes.tensor(value) for name, value in algorithm.policy.encode([PROMPT]).items()}
-        self._work = Work(algorithm, conditioning, policy, reward, precision)
+        self._policy = self._fakes.module(algorithm.policy)
+        self._reward = None if algorithm.reward is None else self._fakes.module(algorithm.reward)
+        prompt = {name: self._fakes.tensor(value) for name, value in algorithm.policy.encode([PROMPT]).items()}
+        self.work = Work(algorithm, prompt, precision)
 
-    def parts(self, plan: Plan) -> list[Part]:
+    def parts(self, load: Load) -> list[Part]:
         """Everything that is on a device, but evaluations."""
-        sample, train = plan.sample_batch, plan.train_batch
-        found = self.beside(plan)
-        if isinstance(self._algorithm, DDPO):
-            found += [
-                Part(f"sampling, {sample} images at once", self.sampling_step(sample), "sampling"),
-                Part(f"VAE decode, {sample} at once", self.decoding(sample), "decoding"),
-                Part(f"reward, {sample} at once", self.scoring(sample), "reward"),
-            ]
-        else:
-            found.append(Part(f"sampling, {train} at once", self.sampling_step(train), "sampling"))
-        what = "states" if isinstance(self._algorithm, DDPO) else "images, with VAE and reward"
-        found.append(Part(f"activations, {train} {what} at once", self.training(train), "training"))
-        return found
+        counted = [Part(phase.label, self.count(phase), phase.name) for phase in self.work.phases(load)]
+        return [*self.beside(load), *counted]
 
-    def beside(self, plan: Plan) -> list[Part]:
+    def beside(self, load: Load) -> list[Part]:
         """What is there beside the work itself."""
         with self._fakes.peak():
-            latents = self._work.policy.noise(1)
-        return [*self.weights(), *self._adapter(), *self._rounds(plan, latents)]
+            one = 4 * self._policy.noise(1).numel()  # in float32
+        kept = [(phase.name, int(phase.latents * one)) for phase in self.work.phases(load) if phase.latents]
+        latents = [Part("latents that are kept meanwhile", size, name) for name, size in kept]
+        return [*self.weights(), *self._adapter(), *latents]
 
-    def training(self, batch: int) -> int | None:
-        """Peak of a micro-batch, without the gradients of the adapter, which stay."""
-        return self._count(lambda: self._work.train(batch))
+    def of(self, name: str, rows: int) -> int | None:
+        """The same as `count`, of the phase of a name, with so many rows at once."""
+        return self.count(self.work.phase(name, rows))
 
-    def sampling(self, batch: int) -> int | None:
-        """Peak of making so many images at once, by whichever phase has the largest."""
-        found = self.sampling_step(batch), self.decoding(batch), self.scoring(batch)
-        return max((size for size in found if size is not None), default=None)
-
-    def sampling_step(self, batch: int) -> int | None:
-        """Peak of one step of so many images."""
-        return self._count(lambda: self._work.sample(batch))
-
-    def decoding(self, batch: int) -> int | None:
-        """Peak of decoding so many images at once."""
-        with self._fakes.peak():
-            latents = self._work.policy.noise(batch)
-        return self._count(lambda: self._work.decode(latents))
-
-    def scoring(self, batch: int) -> int | None:
-        """Peak of the reward on so many images at once, beside them; None too where it is no network of ours."""
-        if not any(True for _ in self._algorithm.reward.parameters()):
+    def count(self, phase: Phase) -> int | None:
+        """Peak of one piece of work, without the gradients of the adapter, which stay; None: it cannot be known."""
+        if not phase.counted:
             return None
         try:
-            with self._fakes.peak():
-                images = self._work.decode(self._work.policy.noise(batch))
-        except _UNCOUNTABLE:
-            return None
-        return self._count(lambda: self._work.score(images))
-
-    def _count(self, run: Callable[[], object]) -> int | None:
-        try:
-            with self._fakes.peak() as memory:
-                run()
-                gradients = size_of(p.grad for p in self._work.policy.parameters() if p.grad is not None)
-                self._work.forget()
+            with self._faked():
+                with self._fakes.peak():
+                    prepared = self.work.prepare(phase, phase.rows)
+                with self._fakes.peak() as memory:
+                    self.work.do(phase, prepared)
+                    gradients = size_of(p.grad for p in self._policy.parameters() if p.grad is not None)
+                    self.work.forget()
         except _UNCOUNTABLE:
             return None
         return memory.peak - gradients
+
+    @contextmanager
+    def _faked(self) -> Iterator[None]:
+        """Inside it the algorithm has the policy and the reward without numbers."""
+        algorithm = self._algorithm
+        own, reward = algorithm.policy, algorithm.reward
+        algorithm.policy, algorithm.reward = self._policy, self._reward
+        try:
+            yield
+        finally:
+            algorithm.policy, algorithm.reward = own, reward
 
     def weights(self) -> list[Part]:
         """Of everything that is frozen, by the parts of the policy."""
@@ -134,7 +115,8 @@ class Estimator:
         for name, child in policy.named_children():
             if _trains(child):
                 named[name] -= trained
-        named["reward"] = weights(reward)
+        if reward is not None:
+            named["reward"] = weights(reward)
         return [Part(f"frozen weights: {name}", size, "always") for name, size in named.items() if size]
 
     def _adapter(self) -> list[Part]:
@@ -142,15 +124,6 @@ class Estimator:
         size, numbers = size_of(parameters), sum(p.numel() for p in parameters)
         remembered = int(numbers * self._optimizer)
         return [Part("adapter: weights, gradients, optimizer", 2 * size + remembered, "always")]
-
-    def _rounds(self, plan: Plan, latents: torch.Tensor) -> list[Part]:
-        """DDPO keeps a round's states in main memory; here are the trajectories of the images being sampled."""
-        algorithm = self._algorithm
-        if not isinstance(algorithm, DDPO):
-            return []
-        one = 4 * latents[0].numel() * plan.sample_batch  # in float32
-        states = 2 if algorithm.branch is not None else algorithm.sampler.steps + 1
-        return [Part("their trajectories, twice while they are stacked", 2 * states * one, "sampling")]
 
 
 def _trains(module: nn.Module) -> bool:

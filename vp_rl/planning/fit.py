@@ -7,8 +7,7 @@ import psutil
 import torch
 from accelerate.utils import find_executable_batch_size
 
-from vp_rl.algorithms.ddpo import DDPO
-from vp_rl.algorithms.refl import ReFL
+from vp_rl.algorithms.phases import Phase
 from vp_rl.planning.geometry import Plan
 from vp_rl.planning.work import Work
 
@@ -90,20 +89,10 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def seconds_per_round(work: Work, plan: Plan, device: torch.device) -> float:
-    """Of one device's round of DDPO, or epoch of ReFL, from one of each of its pieces."""
-    algorithm, micro_batches = work.algorithm, plan.accumulate * plan.updates_per_round
-    training = seconds(lambda: work.train(plan.train_batch), device) * micro_batches
-    steps = algorithm.sampler.steps
-    if isinstance(algorithm, ReFL):
-        stop = sum(algorithm.stops) / len(algorithm.stops)
-        return training + seconds(lambda: work.sample(plan.train_batch), device) * stop * micro_batches
-    assert isinstance(algorithm, DDPO), "nothing else is planned"
-    latents = work.policy.noise(plan.sample_batch)
-    times = plan.images / plan.sample_batch
-    scoring = seconds(lambda: work.score(work.decode(latents)), device)
-    if algorithm.branch is not None:  # until they part, the images of a prompt are one
-        shared = (sum(algorithm.trained_steps) / len(algorithm.trained_steps) + 1) / steps
-        times_sampled = times * (1 - shared) + shared * plan.prompts / plan.sample_batch
-    else:
-        times_sampled = times
-    return training + scoring * times + seconds(lambda: work.sample(plan.sample_batch), device) * steps * times_sampled
+    """Of one device's round, or epoch where there are no rounds, from one of each of its pieces."""
+
+    def taken(phase: Phase) -> float:
+        prepared = work.prepare(phase, phase.rows)
+        return phase.calls * seconds(lambda: work.do(phase, prepared), device)
+
+    return sum(taken(phase) for phase in work.phases(plan.load))

@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
+from vp_rl.algorithms.phases import Cut, Load
+
 AUTO = "auto"
-_SIZES = ("algorithm.train_batch", "algorithm.sample_batch", "data.batch_size")
+_GROUPS = ("algorithm", "data")  # whose settings may be auto
 
 
 def automatic(settings: Mapping[str, Any]) -> list[str]:
     """The settings that are to be what the device has room for."""
-    return [name for name in _SIZES if at(settings, name) == AUTO]
+    groups = ((group, settings.get(group) or {}) for group in _GROUPS)
+    return [f"{group}.{name}" for group, values in groups for name, value in values.items() if value == AUTO]
 
 
 def is_wanted(settings: Mapping[str, Any]) -> bool:
@@ -40,10 +43,7 @@ class Geometry:
     Attributes:
         images_per_update: whose states one step of the optimizer learns from, of all devices.
         updates: of each pass over a round's images; of an epoch, where there are no rounds (ReFL).
-        images_per_prompt: in a round.
-        steps: states of each image that are trained on: its trained sampling steps.
-        branch: whether the images of a prompt start from one state, which is then all that is trained on.
-        inner_epochs: passes over a round's images.
+        cut: how the examples that are learned from follow from the images.
 
     Raises:
         ValueError: a number is below 1.
@@ -51,10 +51,7 @@ class Geometry:
 
     images_per_update: int
     updates: int = 1
-    images_per_prompt: int = 1
-    steps: int = 1
-    branch: bool = False
-    inner_epochs: int = 1
+    cut: Cut = Cut()
 
     def __post_init__(self) -> None:
         for name in ("images_per_update", "updates"):
@@ -67,17 +64,19 @@ class Geometry:
         """Of all devices."""
         return self.images_per_update * self.updates
 
-    def states_per_update(self, devices: int, devices_per_prompt: int = 1) -> Fraction:
+    def examples_per_update(self, devices: int, devices_per_prompt: int = 1) -> Fraction:
         """That each device trains on; a whole number where the geometry is possible."""
-        images = Fraction(self.images_per_update, devices)
-        return images * devices_per_prompt / self.images_per_prompt if self.branch else images * self.steps
+        images, cut = Fraction(self.images_per_update, devices), self.cut
+        of = images * devices_per_prompt / cut.images_per_prompt if cut.whole_prompts else images
+        return of * cut.examples
 
     def devices_per_prompt(self, devices: int) -> int | None:
         """Fewest devices that must share each prompt's images for all to have the same work; None: none can."""
-        for sharing in divisors(math.gcd(devices, self.images_per_prompt)):
-            prompts = Fraction(self.images_per_round * sharing, self.images_per_prompt * devices)
-            whole = self.images_per_round % self.images_per_prompt == 0 and prompts.denominator == 1
-            if whole and self.states_per_update(devices, sharing).denominator == 1:
+        each = self.cut.images_per_prompt
+        for sharing in divisors(math.gcd(devices, each)):
+            prompts = Fraction(self.images_per_round * sharing, each * devices)
+            whole = self.images_per_round % each == 0 and prompts.denominator == 1
+            if whole and self.examples_per_update(devices, sharing).denominator == 1:
                 return sharing
         return None
 
@@ -89,48 +88,21 @@ class Plan:
     Attributes:
         geometry: what is planned.
         devices: of the run.
-        prompts: of each device in a round.
         devices_per_prompt: that share the images of each prompt.
-        sample_batch: images sampled at once.
-        train_batch: states trained at once.
         accumulate: micro-batches of an update.
+        load: each device's share of a round.
     """
 
     geometry: Geometry
     devices: int
-    prompts: int
     devices_per_prompt: int
-    sample_batch: int
-    train_batch: int
     accumulate: int
-
-    @property
-    def images(self) -> int:
-        """Of each device in a round."""
-        return self.geometry.images_per_round // self.devices
+    load: Load
 
     @property
     def updates_per_round(self) -> int:
         """Steps of the optimizer."""
-        return self.geometry.updates * self.geometry.inner_epochs
-
-    def ddpo(self) -> dict[str, int]:
-        """The settings that these numbers are, of a run of DDPO."""
-        return {
-            "data.batch_size": self.prompts,
-            "data.devices_per_prompt": self.devices_per_prompt,
-            "trainer.accumulate_grad_batches": self.accumulate,
-            "algorithm.train_batch": self.train_batch,
-            "algorithm.sample_batch": self.sample_batch,
-        }
-
-    def refl(self) -> dict[str, int]:
-        """The same of a run of ReFL, whose micro-batches are batches of prompts."""
-        return {
-            "data.batch_size": self.train_batch,
-            "data.batches_per_epoch": self.accumulate * self.geometry.updates,
-            "trainer.accumulate_grad_batches": self.accumulate,
-        }
+        return self.geometry.updates * self.geometry.cut.passes
 
 
 def solve(geometry: Geometry, devices: int, train_limit: int, sample_limit: int) -> Plan:
@@ -142,11 +114,17 @@ def solve(geometry: Geometry, devices: int, train_limit: int, sample_limit: int)
     sharing = geometry.devices_per_prompt(devices)
     if sharing is None:
         raise ValueError(_impossible(geometry, devices))
-    states = int(geometry.states_per_update(devices, sharing))
-    train_batch = largest_divisor(states, train_limit)
-    prompts = geometry.images_per_round * sharing // (geometry.images_per_prompt * devices)
-    sample_batch = min(sample_limit, geometry.images_per_round // devices)
-    return Plan(geometry, devices, prompts, sharing, sample_batch, train_batch, states // train_batch)
+    examples, images = int(geometry.examples_per_update(devices, sharing)), geometry.images_per_round // devices
+    train_batch = largest_divisor(examples, train_limit)
+    accumulate = examples // train_batch
+    load = Load(
+        images=images,
+        prompts=images * sharing // geometry.cut.images_per_prompt,
+        sample_batch=min(sample_limit, images),
+        train_batch=train_batch,
+        micro_batches=accumulate * geometry.updates * geometry.cut.passes,
+    )
+    return Plan(geometry, devices, sharing, accumulate, load)
 
 
 def largest_divisor(number: int, limit: int) -> int:
@@ -167,7 +145,7 @@ def _impossible(geometry: Geometry, devices: int) -> str:
         other = Geometry(**{**vars(geometry), "images_per_update": images})
         return other.devices_per_prompt(devices) is not None
 
-    each, asked = geometry.images_per_prompt, geometry.images_per_update
+    each, asked = geometry.cut.images_per_prompt, geometry.images_per_update
     why = f"geometry.images_per_update={asked} cannot be {each} a prompt" if each > 1 else ""
     if geometry.devices_per_prompt(1) is not None:
         why = f"geometry.images_per_update={asked} cannot be shared by {devices} devices"

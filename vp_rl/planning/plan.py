@@ -1,22 +1,19 @@
 """From a run's settings to its plan: what they leave to be worked out is filled in."""
 
-import math
 import os
 from collections.abc import Mapping, Set
-from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import lightning
 
-from vp_rl.algorithms.base import MakeOptimizer
-from vp_rl.algorithms.ddpo import DDPO
-from vp_rl.algorithms.refl import ReFL
+from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining
+from vp_rl.algorithms.phases import Load, Phase
 from vp_rl.planning import fit
 from vp_rl.planning.estimate import Estimator
 from vp_rl.planning.geometry import AUTO, Geometry, Plan, at, automatic, divisors, solve
 from vp_rl.planning.memory import Fakes
-from vp_rl.planning.work import real
+from vp_rl.planning.work import Work, real
 
 _DEFAULTS = {  # of what a geometry decides: who has these has not stated them
     "data.batch_size": 8,
@@ -54,21 +51,22 @@ class Planner:
         stated: Set[str] = frozenset(),
         fakes: Fakes | None = None,
     ) -> None:
-        if not isinstance(algorithm, DDPO | ReFL):
+        if not isinstance(algorithm, PolicyTraining):
             raise ValueError(
-                f"geometry, auto and dry_run plan runs of ddpo and refl, not of {type(algorithm).__name__}: "
+                f"geometry, auto and dry_run plan the training of policies, not {type(algorithm).__name__}: "
                 "give it data.batch_size and trainer.accumulate_grad_batches."
             )
         self.settings, self.algorithm, self.trainer = settings, algorithm, trainer
         self.context, self._stated = trainer.precision_plugin.forward_context, stated
         self._make_optimizer, self._fakes = make_optimizer, fakes
-        ddpo = isinstance(algorithm, DDPO)
-        self._train, self._sample = ("algorithm.train_batch", "algorithm.sample_batch") if ddpo else _BATCHES
+        self._train, self._sample = algorithm.bounds
         self._geometry, auto = self._read(), automatic(settings)
         if self._geometry is None and self._train in auto:
             raise ValueError(f"{self._train}=auto keeps what an update is of: say that by geometry.images_per_update.")
-        if ddpo and "data.batch_size" in auto:
-            raise ValueError("data.batch_size=auto: DDPO's micro-batches are algorithm.train_batch and sample_batch.")
+        if other := [name for name in auto if name not in algorithm.bounds]:
+            raise ValueError(
+                f"{other[0]}=auto: what {type(algorithm).__name__} does at once is {' and '.join(algorithm.bounds)}."
+            )
         self.plan = self._solved(*(self._found(auto) if auto else self._bounds()))
 
     @property
@@ -79,8 +77,8 @@ class Planner:
             ValueError: the run has others.
         """
         if self._geometry is None:
-            return {self._sample: self.plan.sample_batch} if self._sample in automatic(self.settings) else {}
-        values = self.plan.ddpo() if isinstance(self.algorithm, DDPO) else self.plan.refl()
+            return {self._sample: self.plan.load.sample_batch} if self._sample in automatic(self.settings) else {}
+        values = self.algorithm.settings_of(self.plan.load, self.plan.accumulate, self.plan.devices_per_prompt)
         for name, value in values.items():
             given, bound = at(self.settings, name), name in (self._train, self._sample)
             if not bound and given != value and (name in self._stated or given != _DEFAULTS[name]):
@@ -100,17 +98,7 @@ class Planner:
         return None if images is None else self._geometry_of(images, at(self.settings, "geometry.updates"))
 
     def _geometry_of(self, images: int, updates: int) -> Geometry:
-        algorithm = self.algorithm
-        if not isinstance(algorithm, DDPO):
-            return Geometry(images_per_update=images, updates=updates)
-        return Geometry(
-            images_per_update=images,
-            updates=updates,
-            images_per_prompt=algorithm.images_per_prompt,
-            steps=algorithm.steps_per_sample,
-            branch=algorithm.branch is not None,
-            inner_epochs=algorithm.inner_epochs,
-        )
+        return Geometry(images_per_update=images, updates=updates, cut=self.algorithm.cut())
 
     def _bounds(self) -> tuple[int, int]:
         """Most that may be trained on and sampled at once; `auto` begins at 1."""
@@ -127,18 +115,11 @@ class Planner:
         devices = self.trainer.world_size
         if self._geometry is not None:
             return solve(self._geometry, devices, train, sample)
-        prompts, accumulate = at(self.settings, "data.batch_size"), self.trainer.accumulate_grad_batches
-        algorithm = self.algorithm
-        if not isinstance(algorithm, DDPO):
-            updates = math.ceil(at(self.settings, "data.batches_per_epoch") / accumulate)
-            geometry = self._geometry_of(prompts * accumulate * devices, updates)
-            return Plan(geometry, devices, prompts * accumulate * updates, 1, prompts, prompts, accumulate)
-        sharing = at(self.settings, "data.devices_per_prompt")
-        images = prompts * algorithm.images_per_prompt // sharing
-        micro_batches = algorithm.batches_per_round(prompts, sharing) // algorithm.inner_epochs
-        updates = max(1, micro_batches // accumulate)
-        geometry = self._geometry_of(images * devices // updates, updates)
-        return Plan(geometry, devices, prompts, sharing, min(sample, images), train, accumulate)
+        accumulate = self.trainer.accumulate_grad_batches
+        load, updates = self.algorithm.load(self.settings["data"], accumulate)
+        geometry = self._geometry_of(load.images * devices // updates, updates)
+        sharing = self.settings["data"].get("devices_per_prompt", 1)
+        return Plan(geometry, devices, sharing, accumulate, load._replace(sample_batch=min(sample, load.images)))
 
     def _found(self, auto: list[str]) -> tuple[int, int]:
         """The bounds, `auto` ones by trying."""
@@ -153,30 +134,37 @@ class Planner:
             )
         train, sample = self._bounds()
         if self._train in auto:
-            first = self._solved(train, sample)
-            train = self._largest(self._train, first.train_batch * first.accumulate, first, "training")
+            plan = self._solved(train, sample)
+            train = self._largest(self._train, plan.load.train_batch * plan.accumulate, plan.load, "train_batch")
         if self._sample in auto and self._sample != self._train:
-            first = self._solved(train, sample)
-            sample = self._largest(self._sample, first.images, first, "sampling")
+            plan = self._solved(train, sample)
+            sample = self._largest(self._sample, plan.load.images, plan.load, "sample_batch")
         os.environ[_FOUND] = f"{train},{sample}"
         return train, sample
 
-    def _largest(self, name: str, number: int, plan: Plan, phase: str) -> int:
+    def _largest(self, name: str, number: int, load: Load, size_of: str) -> int:
         """The largest divisor of a number that fits as a micro-batch."""
         sizes = [size for size in divisors(number) if size <= fit.MOST]
-        device, estimator, training = self.trainer.strategy.root_device, self.estimator, phase == "training"
+        device, estimator = self.trainer.strategy.root_device, self.estimator
+
+        def phases(work: Work, size: int) -> list[Phase]:
+            return [phase for phase in work.phases(load._replace(**{size_of: size})) if phase.setting == name]
 
         def held(size: int, there: str | None = None) -> int:
-            beside = estimator.beside(plan if training else replace(plan, sample_batch=size))
-            wanted = (part for part in beside if part.phase in ("always", phase))
-            return sum(part.bytes or 0 for part in wanted if there is None or not part.name.startswith(there))
+            names = {"always", *(phase.name for phase in phases(estimator.work, size))}
+            beside = (part for part in estimator.beside(load._replace(**{size_of: size})) if part.phase in names)
+            return sum(part.bytes or 0 for part in beside if there is None or not part.name.startswith(there))
+
+        def estimated(size: int) -> int | None:
+            found = [estimator.count(phase) for phase in phases(estimator.work, size)]
+            return max((each for each in found if each is not None), default=None)
 
         if device.type != "cuda":
-            count = estimator.training if training else estimator.sampling
-            return fit.largest(sizes, lambda size: fit.within_main_memory(count, held(size))(size), name)
+            return fit.largest(sizes, lambda size: fit.within_main_memory(estimated, held(size))(size), name)
         with real(self.algorithm, device, self.context) as work:
-            run = work.train if training else work.make
+
+            def run(size: int) -> None:
+                for phase in phases(work, size):
+                    work.do(phase, work.prepare(phase, phase.rows))
+
             return fit.largest(sizes, lambda size: fit.on_gpu(run, device, held(size, "frozen"))(size), name)
-
-
-_BATCHES = "data.batch_size", "data.batch_size"  # ReFL samples what it trains on

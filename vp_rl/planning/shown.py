@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from vp_rl.algorithms.ddpo import DDPO
+from vp_rl.algorithms.phases import Cut
 from vp_rl.planning import fit
 from vp_rl.planning.estimate import Part, peak
 from vp_rl.planning.geometry import at
@@ -22,7 +22,7 @@ def show(planner: Planner) -> None:
     for name, text in rows(planner).items():
         table.add_row(name, text)
     console.print(table)
-    console.print(memory_table(planner.estimator.parts(planner.plan)))
+    console.print(memory_table(planner.estimator.parts(planner.plan.load)))
     console.print(_speed(planner), soft_wrap=True)
 
 
@@ -36,17 +36,17 @@ def rows(planner: Planner) -> dict[str, str]:
         "an update": f"{geometry.images_per_update} images",
         "updates": f"{updates:,} an epoch{in_all}",
     }
-    if isinstance(planner.algorithm, DDPO):
+    load, cut = plan.load, geometry.cut
+    if cut != Cut():
         shared = f", each shared by {plan.devices_per_prompt} devices" if plan.devices_per_prompt > 1 else ""
         found |= {
-            "a round": f"{geometry.images_per_round} images, {geometry.images_per_prompt} of each prompt; "
+            "a round": f"{geometry.images_per_round} images, {cut.images_per_prompt} of each prompt; "
             f"updates: {plan.updates_per_round}",
-            "  on each device": f"{plan.images} images of {plan.prompts} prompts{shared}",
-            "  sampled at once": f"{plan.sample_batch} images",
-            "  trained at once": f"{plan.train_batch} states, x {plan.accumulate} accumulated = an update's",
+            "  on each device": f"{load.images} images of {load.prompts} prompts{shared}",
+            "  sampled at once": f"{load.sample_batch} images",
         }
-    else:
-        found["  trained at once"] = f"{plan.train_batch} images, x {plan.accumulate} accumulated = an update's"
+    what = "images" if cut == Cut() else "examples"
+    found["  trained at once"] = f"{load.train_batch} {what}, x {plan.accumulate} accumulated = an update's"
     trained = sum(p.numel() for p in planner.algorithm.policy.parameters() if p.requires_grad)
     return found | {"trainable parameters": f"{trained:,}"}
 
@@ -76,5 +76,5 @@ def _speed(planner: Planner) -> str:
 
 
 def _rounds(planner: Planner) -> int:
-    """Of an epoch; one of ReFL's is what a round is."""
-    return at(planner.settings, "data.batches_per_epoch") if isinstance(planner.algorithm, DDPO) else 1
+    """Of an epoch; where images are learned from as they come, an epoch is what a round is."""
+    return at(planner.settings, "data.batches_per_epoch") if planner.plan.geometry.cut != Cut() else 1

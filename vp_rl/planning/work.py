@@ -1,6 +1,7 @@
-"""The pieces of work that a run is made of, one by one: what is counted, timed and tried on the device.
+"""An algorithm's pieces of work, done one by one: on fakes to be counted, on the device to be tried and timed.
 
-Each is done through the interfaces, on made-up latents and images, with the batch sizes of a plan.
+What they are the algorithm says (`PolicyTraining.phases`). They work on made-up latents and images, through the code
+that the run itself goes through.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,83 +12,50 @@ import torch
 from torch import Tensor
 
 from vp_rl.algorithms.base import PolicyTraining
-from vp_rl.algorithms.ddpo import DDPO
-from vp_rl.interfaces import Policy, Reward
-from vp_rl.sampler import log_prob_of
-from vp_rl.types import Conditioning, Images, Latents, take
-
-PROMPT = "a red circle left of a blue square"
+from vp_rl.algorithms.phases import PROMPT, Load, Phase
+from vp_rl.types import Conditioning
 
 Context = Callable[[], AbstractContextManager[None]]
 
 
 @dataclass(frozen=True)
 class Work:
-    """An algorithm's pieces of work.
+    """An algorithm's work.
 
     Attributes:
-        algorithm: its settings; its policy and reward, unless others are given.
-        conditioning: of one prompt.
-        policy, reward: what does the work.
+        algorithm: whose it is, with the policy and the reward that do it.
+        prompt: `PROMPT`, encoded.
         precision: what everything is done within.
     """
 
     algorithm: PolicyTraining
-    conditioning: Conditioning
-    policy: Policy
-    reward: Reward
+    prompt: Conditioning
     precision: Context = field(default=nullcontext)
 
-    @torch.no_grad()
-    def sample(self, batch: int) -> Latents:
-        """One sampling step of so many images."""
+    def phases(self, load: Load) -> list[Phase]:
+        """The pieces of a round."""
+        return self.algorithm.phases(load, self.prompt)
+
+    def phase(self, name: str, rows: int) -> Phase:
+        """The one of this name, of so many rows at once."""
+        load = Load(images=rows, prompts=1, sample_batch=rows, train_batch=rows, micro_batches=1)
+        return next(phase for phase in self.phases(load) if phase.name == name)
+
+    def prepare(self, phase: Phase, rows: int) -> object:
+        """What so many rows of a phase begin with."""
         with self.precision():
-            return self.algorithm.sampler.sample(self.policy, self._conditions(batch), until=1)
+            return phase.prepare(rows)
 
-    @torch.no_grad()
-    def decode(self, latents: Latents) -> Images:
-        """Of finished latents."""
+    def do(self, phase: Phase, prepared: object) -> None:
+        """A phase's work on what was prepared. Gradients stay."""
         with self.precision():
-            return self.policy.decode(latents)
-
-    @torch.no_grad()
-    def score(self, images: Images) -> Tensor:
-        """The reward's scores."""
-        with self.precision():
-            return self.reward(images, [PROMPT] * len(images))
-
-    def make(self, batch: int) -> Tensor:
-        """Scores of so many images, of one sampling step each."""
-        return self.score(self.decode(self.sample(batch)))
-
-    def train(self, batch: int) -> None:
-        """The forward and backward pass of a micro-batch; gradients stay."""
-        with self.precision():
-            loss = self._loss(self.policy.noise(batch), self._conditions(batch))
-        loss.backward()
-
-    def _loss(self, latents: Latents, conditioning: Conditioning) -> Tensor:
-        algorithm, sampler = self.algorithm, self.algorithm.sampler
-        which = algorithm.trained_steps[0] if isinstance(algorithm, DDPO) else 0
-        step = torch.full((len(latents),), which, device=latents.device)
-        transition = sampler.transition(self.policy, latents, step, conditioning)
-        if not isinstance(algorithm, DDPO):
-            scores = self.reward(self.policy.decode(transition.x0), [PROMPT] * len(latents))
-            return scores.mean()
-        loss = log_prob_of(latents, transition).mean()
-        if algorithm.kl_weight:
-            with torch.no_grad(), self.policy.reference():
-                reference = sampler.transition(self.policy, latents, step, conditioning)
-            loss = loss + (transition.mean - reference.mean).square().mean()
-        return loss
-
-    def _conditions(self, batch: int) -> Conditioning:
-        device = next(iter(self.conditioning.values())).device
-        return take(self.conditioning, torch.zeros(batch, dtype=torch.long, device=device))
+            result = phase.run(prepared)
+        if isinstance(result, Tensor) and result.requires_grad:
+            result.backward()
 
     def forget(self) -> None:
         """Drops the gradients."""
-        for parameter in self.policy.parameters():
+        for parameter in self.algorithm.policy.parameters():
             parameter.grad = None
 
 
@@ -97,7 +65,7 @@ def real(algorithm: PolicyTraining, device: torch.device, precision: Context = n
     before = algorithm.device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         algorithm.to(device)
-        work = Work(algorithm, algorithm.policy.encode([PROMPT]), algorithm.policy, algorithm.reward, precision)
+        work = Work(algorithm, algorithm.policy.encode([PROMPT]), precision)
         try:
             yield work
         finally:

@@ -32,6 +32,11 @@ class DDIM(Process):
         self._train_steps: int = scheduler.config["num_train_timesteps"]
         self._cache: dict[tuple[int, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
 
+    @property
+    def train_timesteps(self) -> int:
+        """Of the scheduler."""
+        return self._train_steps
+
     def timesteps(self, steps: int, device: torch.device | None = None) -> Float[Tensor, " steps"]:
         """The scheduler's timesteps, highest first."""
         return self._schedule(steps, device or torch.device("cpu"))[0]

@@ -45,6 +45,11 @@ class Flow(Process):
         self._shift = _shift(config, tokens) if config["use_dynamic_shifting"] else None
         self._cache: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
+    @property
+    def train_timesteps(self) -> int:
+        """Of the scheduler."""
+        return self._train_steps
+
     def timesteps(self, steps: int, device: torch.device | None = None) -> Float[Tensor, " steps"]:
         """1000 t at each step, highest first."""
         return self._schedule(steps, device or torch.device("cpu"))[0]

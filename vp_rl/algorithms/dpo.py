@@ -1,0 +1,181 @@
+"""Diffusion-DPO (Wallace et al. 2023, arXiv:2311.12908): preference pairs, without a reward and without sampling.
+
+Objective: minimise E[-log sigmoid(-beta / 2 [(e_w - e_w_ref) - (e_l - e_l_ref)])], with e the mean squared denoising
+error of the preferred and of the other image at one timestep and one noise, and ref the model without its adapter.
+
+What differs from the published code (SalesforceAIResearch/DiffusionDPO@5233e75):
+1. A LoRA is trained; the reference is the same model with it off, at no memory.
+2. Each image of a prompt is noised and denoised once, at one timestep and noise for all of them, and is in all its
+   pairs: a prompt's images cost as many passes as there are images, not as pairs.
+3. `bound` (SDPO, arXiv:2511.03317): the loser's gradient is scaled, pair by pair, so that the winner's error still
+   falls. Without it both errors rise and the policy drifts from all images. None: the published loss.
+
+The winner's and the loser's error against the reference are logged; where the winner's rises, the log says so.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining
+from vp_rl.algorithms.phases import Load, Phase, alike
+from vp_rl.functional import diffusion_dpo_loss, loser_bound, mean_square, seed_of
+from vp_rl.interfaces import Policy
+from vp_rl.types import Conditioning, Images, Latents, PreferenceBatch
+
+log = logging.getLogger(__name__)
+
+_IMAGES = 4  # of a prompt, for the planner: VisionPrefer's
+
+
+class DiffusionDPO(PolicyTraining):
+    """Fine-tunes a policy on pairs of images of which one is preferred, by AI or by people.
+
+    Args:
+        policy, optimizer, decay, seed: see `PolicyTraining`.
+        beta: strength of the pull to the reference; 5000 is the published value for Stable Diffusion 1.5 and XL.
+        bound: SDPO's mu in [0, 1], see the module's point 3; None: no bound.
+        window: first and last timestep that is trained, as a share of the denoiser's; 1 is pure noise.
+
+    Raises:
+        ValueError: a setting is outside its range.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: MakeOptimizer,
+        *,
+        beta: float = 5000.0,
+        bound: float | None = 0.9,
+        window: tuple[float, float] = (0.0, 1.0),
+        decay: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(policy, optimizer, decay=decay, seed=seed)
+        if not beta > 0:
+            raise ValueError(f"algorithm.beta={beta} must be above 0.")
+        if bound is not None and not 0 <= bound <= 1:
+            raise ValueError(f"algorithm.bound={bound} must be in [0, 1], or null.")
+        low, high = window
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"algorithm.window={tuple(window)} must be two rising shares of the timesteps, in [0, 1].")
+        steps = policy.process.train_timesteps
+        self.beta, self.bound = beta, bound
+        self._timesteps = range(int(low * steps), max(int(low * steps) + 1, int(high * steps)))
+        self._latents: dict[int, Tensor] = {}  # by what an image is
+        self._rises = 0  # epochs in a row
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """The loss of all pairs of some prompts' images."""
+        prompts = list(dict.fromkeys(batch.prompts))
+        row = torch.tensor([prompts.index(prompt) for prompt in batch.prompts], device=self.device)
+        encoded = self.policy.encode(prompts)
+        x0 = self._encoded(batch.images)
+        noise, timestep = self._noise(prompts, x0)
+        loss, values = self.loss(
+            x0,
+            noise[row],
+            timestep[row],
+            {name: tensor[row] for name, tensor in encoded.items()},
+            batch.better,
+            batch.worse,
+        )
+        pairs = len(batch.better)
+        self.images += len(batch.images)
+        means = {name: value.mean() for name, value in values.items()}
+        self.log_dict(means, on_step=False, on_epoch=True, batch_size=pairs, sync_dist=True)
+        number = torch.tensor(float(pairs), device=self.device)
+        return self.weighed(loss, pairs, of_all=self.trainer.strategy.reduce(number, reduce_op="mean"))
+
+    def loss(
+        self,
+        x0: Latents,
+        noise: Latents,
+        timestep: Float[Tensor, " batch"],
+        conditioning: Conditioning,
+        better: Tensor,
+        worse: Tensor,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean loss of pairs, and by name a value of each.
+
+        Args:
+            x0, noise, timestep, conditioning: of each image; a prompt's have the same noise and timestep.
+            better, worse: rows of each pair's images.
+        """
+        process = self.policy.process
+        latents, target = process.add_noise(x0, noise, timestep), process.target(x0, noise, timestep)
+        with torch.no_grad(), self.policy.reference():
+            reference = mean_square(self.policy.predict(latents, timestep, conditioning, 1.0) - target)
+        wrong = self.policy.predict(latents, timestep, conditioning, 1.0) - target
+        error = mean_square(wrong)
+        winner, loser = error[better], error[worse]
+        if self.bound is not None:
+            kept = loser_bound(wrong[better], wrong[worse], self.bound)
+            loser = loser.detach() + kept * (loser - loser.detach())
+        gained, lost = winner - reference[better], loser - reference[worse]
+        losses = diffusion_dpo_loss(gained, lost, self.beta)
+        values = {
+            "train/loss": losses.detach(),
+            "train/accuracy": (gained < lost).float(),
+            "train/winner_error": gained.detach(),
+            "train/loser_error": lost.detach(),
+        }
+        return losses.mean(), values
+
+    def on_train_epoch_end(self) -> None:
+        """Says so where the preferred images have become less likely, too."""
+        super().on_train_epoch_end()
+        rise = self.trainer.callback_metrics.get("train/winner_error")
+        self._rises = self._rises + 1 if rise is not None and rise > 0 else 0
+        if self._rises == 3:
+            log.warning(
+                "the preferred images' denoising error has been above the reference's for 3 epochs (train/winner_error "
+                "%.2g): the policy moves away from all images. Lower algorithm.optimizer.lr, or raise algorithm.bound.",
+                rise,
+            )
+
+    @torch.no_grad()
+    def _encoded(self, images: Images) -> Latents:
+        """Clean latents, each image's made once and kept in main memory."""
+        keys = [seed_of(image.numel(), image.double().sum().item(), image.flatten()[::97].tolist()) for image in images]
+        new = [row for row, key in enumerate(keys) if key not in self._latents]
+        if new:
+            made = self.policy.encode_images(images[new]).cpu()
+            self._latents.update({keys[row]: latents for row, latents in zip(new, made, strict=True)})
+        return torch.stack([self._latents[key] for key in keys]).to(images.device)
+
+    def _noise(self, prompts: list[str], like: Latents) -> tuple[Latents, Tensor]:
+        """One noise and timestep for each prompt and epoch, whatever batch and device it is in."""
+        noise, timesteps = [], []
+        for prompt in prompts:
+            generator = torch.Generator().manual_seed(seed_of(self.seed, self.current_epoch, prompt))
+            noise.append(torch.randn(like.shape[1:], generator=generator))
+            timesteps.append(self._timesteps[int(torch.randint(len(self._timesteps), (1,), generator=generator))])
+        return torch.stack(noise).to(like), torch.tensor(timesteps, device=like.device).float()
+
+    def describe(self, batch: PreferenceBatch) -> str:
+        """Its prompts."""
+        return str(list(dict.fromkeys(batch.prompts)))
+
+    # --- for the planner
+
+    def load(self, data: Any, accumulate: int) -> tuple[Load, int]:
+        """An epoch's length is the data's: what is planned is one update."""
+        size = data["batch_size"]
+        return Load(size * accumulate, size * accumulate, size, size, accumulate), 1
+
+    def phases(self, load: Load, prompt: Conditioning) -> list[Phase]:
+        """Encoding images, and a micro-batch of prompts with four images each."""
+
+        def learn(prompts: int) -> Tensor:
+            x0 = self.policy.noise(prompts * _IMAGES)
+            timestep = torch.full((len(x0),), float(self._timesteps.start), device=x0.device)
+            better = torch.arange(0, len(x0), 2, device=x0.device)
+            return self.loss(x0, x0, timestep, alike(prompt, len(x0)), better, better + 1)[0]
+
+        label = f"activations, {load.train_batch} prompts of {_IMAGES} images at once"
+        return [Phase("training", label, load.micro_batches, load.train_batch, learn, setting=self.bounds[0])]

@@ -1,0 +1,140 @@
+"""Online training on the forward process: an image is noised anew, and its error counts by how good the image is.
+
+What DiffusionNFT and advantage-weighted matching share. No trajectory is kept and no step needs a density, so images
+may be sampled by any sampler, also a deterministic one with guidance; a few noise levels of each image are trained.
+
+Rounds, devices and resumption are those of online.py. Errors are taken in the denoiser's own output space, so that
+noise (epsilon), v and flow predictions go through the same code. What is trained is the conditional output, without
+guidance.
+"""
+
+from abc import ABC
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vp_rl.algorithms.base import MakeOptimizer
+from vp_rl.algorithms.online import OnlineTraining
+from vp_rl.algorithms.rounds import Batch, Part
+from vp_rl.functional import mean_square
+from vp_rl.interfaces import Policy, Reward
+from vp_rl.sampler import Sampler
+from vp_rl.types import Conditioning, Latents
+
+
+class Noised(NamedTuple):
+    """Finished images with the noise that they are trained at."""
+
+    x0: Float[Tensor, "batch *latent"]
+    noise: Float[Tensor, "batch *latent"]
+    timestep: Float[Tensor, " batch"]
+
+
+class Weights(nn.Module):
+    """An older adapter. It goes into checkpoints as extra state, so that a resumed run has it too."""
+
+    def __init__(self, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.weights = dict(weights)
+
+    def move(self, policy: Policy, decay: float) -> None:
+        """Towards the policy's adapter: decay * old + (1 - decay) * new."""
+        now = policy.adapter_weights()
+        self.weights = {name: old.to(now[name]).lerp(now[name], 1 - decay) for name, old in self.weights.items()}
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """The weights by name."""
+        return self.weights
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """Takes them back."""
+        self.weights = dict(state)
+
+
+class ForwardProcess(OnlineTraining, ABC):
+    """Learns from its own images noised anew.
+
+    Args:
+        policy, reward, sampler, optimizer, images_per_prompt, sample_batch, inner_epochs, advantage_clip, decay, seed:
+            see `OnlineTraining`. The sampler may be deterministic and guided.
+        train_batch: noised images trained at once; a round has `noise_levels` of each image.
+        noise_levels: timesteps that each image is trained at, drawn at random from `window`.
+        window: first and last of them, as a share of the denoiser's; 1 is pure noise.
+        kl_weight: scale of the mean squared difference of the outputs to those of the model without its adapter.
+
+    Raises:
+        ValueError: a setting is outside its range.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        reward: Reward,
+        sampler: Sampler,
+        optimizer: MakeOptimizer,
+        *,
+        noise_levels: int,
+        window: tuple[float, float],
+        kl_weight: float,
+        **settings: Any,
+    ) -> None:
+        super().__init__(policy, reward, sampler, optimizer, **settings)
+        if noise_levels < 1:
+            raise ValueError(f"algorithm.noise_levels={noise_levels} must be at least 1.")
+        low, high = window
+        if not 0 <= low < high <= 1:
+            raise ValueError(f"algorithm.window={tuple(window)} must be two rising shares of the timesteps, in [0, 1].")
+        if not kl_weight >= 0:
+            raise ValueError(f"algorithm.kl_weight={kl_weight} must be 0 or more.")
+        steps = policy.process.train_timesteps
+        self._timesteps = range(int(low * steps), max(int(low * steps) + 1, int(high * steps)))
+        self.examples_per_image, self.kl_weight, self.kept = noise_levels, kl_weight, 1
+        self.older = Weights(policy.adapter_weights())
+        """The adapter that samples, or that outputs are held near to; see the algorithm."""
+
+    def collect(self, part: Part, *position: int) -> tuple[Latents, Noised]:
+        """Finished images, each with noise levels of its own."""
+        x0 = self._sample(part)
+        number, low = self.examples_per_image, self._timesteps.start
+        noise, timesteps = [], []
+        for generator in part.noise:
+            noise += [torch.randn(x0.shape[1:], generator=generator) for _ in range(number)]
+            drawn = torch.rand(number, generator=generator) + torch.arange(
+                number
+            )  # one of each equal part of the window
+            timesteps.append(low + (drawn / number * len(self._timesteps)).floor())
+        return x0, Noised(x0.repeat_interleave(number, 0), torch.stack(noise), torch.cat(timesteps))
+
+    def _sample(self, part: Part) -> Latents:
+        return self.sampler.sample(self.policy, part.conditioning, part.noise)
+
+    def _output(self, noised: Noised, conditioning: Conditioning) -> Latents:
+        latents = self.policy.process.add_noise(noised.x0, noised.noise, noised.timestep)
+        return self.policy.predict(latents, noised.timestep, conditioning, 1.0)
+
+    def _target(self, noised: Noised) -> Latents:
+        return self.policy.process.target(noised.x0, noised.noise, noised.timestep)
+
+    @torch.no_grad()
+    def _output_of_older(self, noised: Noised, conditioning: Conditioning) -> Latents:
+        with self.policy.using(self.older.weights):
+            return self._output(noised, conditioning)
+
+    @torch.no_grad()
+    def _output_of_reference(self, noised: Noised, conditioning: Conditioning) -> Latents:
+        with self.policy.reference():
+            return self._output(noised, conditioning)
+
+    def distance(self, batch: Batch, conditioning: Conditioning) -> Float[Tensor, " examples"]:
+        """Mean squared difference of the outputs to those of the model without its adapter."""
+        output = self._output(batch.examples, conditioning)
+        return mean_square(output - self._output_of_reference(batch.examples, conditioning))
+
+    def made_up(self, latents: Latents) -> Noised:
+        """At the first of the timesteps."""
+        return Noised(
+            latents, latents, torch.full((len(latents),), float(self._timesteps.start), device=latents.device)
+        )
