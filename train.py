@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vp_rl.callbacks.checkpoint_files import differences, newest, order, read
 from vp_rl.planning.devices import check_devices
 from vp_rl.planning.geometry import automatic, is_wanted
+from vp_rl.secrets import guard
 
 log = logging.getLogger("vp_rl")
 
@@ -237,5 +238,6 @@ def _quieten() -> None:
 
 
 if __name__ == "__main__":
+    guard()
     _quieten()
     main()

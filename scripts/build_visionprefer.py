@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from vp_rl.secrets import guard
 from vp_rl.visionprefer import schema
 from vp_rl.visionprefer.build import STAGES, Builder
 from vp_rl.visionprefer.export import push
@@ -75,5 +76,6 @@ def stop(error: BaseException) -> None:
 
 
 if __name__ == "__main__":
+    guard()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a CPU kernel that nobody uses here
     main()

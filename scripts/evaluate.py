@@ -32,6 +32,7 @@ from vp_rl.data.sets.base import HumanSet, Judged
 from vp_rl.evaluation.accuracy_report import console, write
 from vp_rl.evaluation.human_accuracy import Result, measure
 from vp_rl.evaluation.scoring import Scorer, fingerprint, score_set
+from vp_rl.secrets import guard
 
 log = logging.getLogger("vp_rl")
 
@@ -135,4 +136,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    guard()
     main()

@@ -27,6 +27,7 @@ from safetensors.torch import save
 
 from vp_rl.interfaces import Reward
 from vp_rl.rewards.remote import SERVED, TOKEN, decode
+from vp_rl.secrets import guard, mask, read
 
 log = logging.getLogger("vp_rl")
 
@@ -90,12 +91,12 @@ class RewardServer:
         try:
             images, prompts = decode(body)
         except ValueError as error:
-            return web.Response(status=400, text=str(error))
+            return web.Response(status=400, text=mask(str(error)))
         try:
             scores = self._reward(images.to(self._device), prompts)
         except Exception as error:  # whatever a reward raises, the next request may be a better one
             log.exception("the reward failed on %s images", tuple(images.shape))
-            return web.Response(status=500, text=f"{type(error).__name__}: {error}")
+            return web.Response(status=500, text=mask(f"{type(error).__name__}: {error}"))
         headers = {SERVED: self._name}
         return web.Response(body=save({"scores": scores.float().cpu().contiguous()}), headers=headers)
 
@@ -136,7 +137,7 @@ def serve(config: DictConfig) -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     settings = str(OmegaConf.to_container(config.reward, resolve=True))
     name = f"{HydraConfig.get().runtime.choices.reward}-{zlib.crc32(settings.encode()):08x}"
-    token = os.environ.get(TOKEN, "").strip()
+    token = read(TOKEN)
     reward = instantiate(config.reward).requires_grad_(False).eval().to(device)
     server = RewardServer(
         reward, name, device=device, queue=config.queue, max_body=config.max_body_mb * 2**20, token=token
@@ -162,4 +163,5 @@ def stop(error: BaseException) -> None:
 
 
 if __name__ == "__main__":
+    guard()
     main()
