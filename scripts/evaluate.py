@@ -26,8 +26,9 @@ import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from run_settings import names_in, plain_errors  # it lies beside this file
+from run_settings import look, names_in, plain_errors  # it lies beside this file
 
+from vp_rl.configuration.own import ACCURACY
 from vp_rl.data.sets.base import HumanSet, Judged
 from vp_rl.evaluation.accuracy_report import console, write
 from vp_rl.evaluation.human_accuracy import Result, measure
@@ -56,6 +57,7 @@ def evaluate(config: DictConfig) -> list[Result]:
     Raises:
         ValueError, OSError: see `HumanSet.load`, `Scorer` and the rewards.
     """
+    look(config, ACCURACY)
     sets: dict[str, tuple[HumanSet, list[Judged]]] = {}
     for name in config.data:  # all of them first: what is missing shows before hours of scoring
         human: HumanSet = instantiate(config.data[name])

@@ -18,6 +18,8 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vp_rl.configuration.check import check
+from vp_rl.configuration.own import EXPORT
 from vp_rl.policies import export
 from vp_rl.policies.pipelines import Source
 from vp_rl.secrets import guard, mask, masked
@@ -30,6 +32,8 @@ _SAID = ("policy", "algorithm", "reward", "sampler", "data", "prompts", "seed", 
 def main(config: DictConfig) -> None:
     """One export."""
     try:
+        asked: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        check(asked, EXPORT)
         print(f"written: {write(Path(config.run), config.to, Path(config.folder))}")
     except (ValueError, OSError, OmegaConfBaseException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":

@@ -12,6 +12,8 @@ import sys
 import zlib
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
 
@@ -25,6 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save
 
+from vp_rl.configuration.check import check
+from vp_rl.configuration.own import SERVE
 from vp_rl.interfaces import Reward
 from vp_rl.rewards.remote import SERVED, TOKEN, decode
 from vp_rl.secrets import guard, mask, read
@@ -132,6 +136,9 @@ def serve(config: DictConfig) -> None:
     Raises:
         ValueError, OSError: a setting makes no sense, the reward cannot be loaded, or the port is taken.
     """
+    asked: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    written: Any = OmegaConf.to_container(config)
+    check(asked, SERVE, written=written, folder=Path(HydraConfig.get().runtime.output_dir))
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from vp_rl.algorithms.base import EpochLoader, MakeOptimizer, PolicyTraining, PromptBatches, differ
 from vp_rl.algorithms.rounds import Replayed, Rollout, Scoring, Share, StepBatch, of_all, own, share_of
+from vp_rl.configuration.kinds import Amount, Count, Part, Positive, Seed, Several, Span
 from vp_rl.functional import clipped_surrogate, group_advantages
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler, log_prob_of, repeat
@@ -65,19 +66,19 @@ class DDPO(PolicyTraining):
         sampler: Sampler,
         optimizer: MakeOptimizer,
         *,
-        images_per_prompt: int = 16,
-        sample_batch: int = 64,
-        train_batch: int = 64,
-        inner_epochs: int = 1,
-        clip_range: float = 1e-4,
-        advantage_clip: float = 5.0,
-        timestep_fraction: float = 1.0,
-        min_std: float = 0.0,
+        images_per_prompt: Several = 16,
+        sample_batch: Count = 64,
+        train_batch: Count = 64,
+        inner_epochs: Count = 1,
+        clip_range: Positive = 1e-4,
+        advantage_clip: Positive = 5.0,
+        timestep_fraction: Part = 1.0,
+        min_std: Amount = 0.0,
         weight_by_std: bool = True,
-        branch: tuple[float, float] | None = None,
-        kl_weight: float = 0.0,
+        branch: Span | None = None,
+        kl_weight: Amount = 0.0,
         decay: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__(policy, reward, sampler, optimizer, decay, seed)
         if images_per_prompt < 2:

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining, total_norm
+from vp_rl.configuration.kinds import Amount, Seed, Span
 from vp_rl.functional import hinge_reward_loss
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
@@ -47,12 +48,12 @@ class ReFL(PolicyTraining):
         sampler: Sampler,
         optimizer: MakeOptimizer,
         *,
-        window: tuple[float, float] = (0.75, 1.0),
+        window: Span = (0.75, 1.0),
         target: float = 2.0,
-        reward_weight: float = 1e-3,
-        pretrain_weight: float = 0.0,
+        reward_weight: Amount = 1e-3,
+        pretrain_weight: Amount = 0.0,
         decay: bool = False,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         if not reward.differentiable:
             raise ValueError(

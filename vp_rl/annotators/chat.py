@@ -19,6 +19,7 @@ from openai import APIError, APIStatusError, AsyncOpenAI
 from vp_rl.annotators.answers import storable
 from vp_rl.annotators.complaints import Server, complaint, missing_key, sort_out, unreachable
 from vp_rl.annotators.gate import Gate
+from vp_rl.configuration.kinds import Amount, Count, Seconds, Text, Whole
 from vp_rl.interfaces import Unanswered
 from vp_rl.secrets import mask, read, refuse_literal, register_address
 from vp_rl.types import Answer, Usage
@@ -53,18 +54,18 @@ class Chat:
 
     def __init__(
         self,
-        model: str,
+        model: Text,
         *,
-        base_url: str = "https://api.openai.com/v1",
-        api_key_env: str | None = "OPENAI_API_KEY",
-        concurrency: int = 16,
-        timeout: float = 120.0,
-        retries: int = 6,
-        temperature: float | None = 0.0,
-        max_output_tokens: int | None = 1024,
+        base_url: Text = "https://api.openai.com/v1",
+        api_key_env: Text | None = "OPENAI_API_KEY",
+        concurrency: Count = 16,
+        timeout: Seconds = 120.0,
+        retries: Whole = 6,
+        temperature: Amount | None = 0.0,
+        max_output_tokens: Count | None = 1024,
         seed: int | None = None,
-        usd_per_million_input: float = 0.0,
-        usd_per_million_output: float = 0.0,
+        usd_per_million_input: Amount = 0.0,
+        usd_per_million_output: Amount = 0.0,
         extra_body: Mapping[str, Any] | None = None,
     ) -> None:
         _at_least(1, concurrency=concurrency, max_output_tokens=max_output_tokens)

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from peft import LoraConfig
 from torch import Tensor
 
+from vp_rl.configuration.kinds import Count, Dtype, Text
 from vp_rl.policies.adapted import AdaptedPolicy, Tokens
 from vp_rl.policies.economy import DEFAULT, Economy
 from vp_rl.policies.guidance import Distilled
@@ -35,12 +36,12 @@ class Flux(AdaptedPolicy):
 
     def __init__(
         self,
-        path: str,
+        path: Text,
         lora: LoraConfig | None,
         *,
-        dtype: str = "float32",
-        t5_tokens: int = 512,
-        resolution: int = 1024,
+        dtype: Dtype = "float32",
+        t5_tokens: Count = 512,
+        resolution: Count = 1024,
         gradient_checkpointing: bool = False,
         economy: Economy = DEFAULT,
         revision: str | None = None,

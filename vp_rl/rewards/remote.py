@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from vp_rl.configuration.kinds import Amount, Count, Seconds, Text
 from vp_rl.interfaces import Reward, wait
 from vp_rl.secrets import mask, read, register_address
 from vp_rl.types import Images, Scores
@@ -82,7 +83,13 @@ class RemoteReward(Reward):
     elsewhere = True
 
     def __init__(
-        self, url: str, *, batch_size: int = 16, concurrency: int = 2, timeout: float = 120.0, patience: float = 600.0
+        self,
+        url: Text,
+        *,
+        batch_size: Count = 16,
+        concurrency: Count = 2,
+        timeout: Seconds = 120.0,
+        patience: Amount = 600.0,
     ) -> None:
         super().__init__()
         if not re.fullmatch(r"https?://[^\s@?#/]+(/[^\s@?#]*)?", url):

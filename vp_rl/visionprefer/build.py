@@ -11,11 +11,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Annotated, Literal, NamedTuple, get_args
 
 import numpy as np
+from annotated_types import MinLen
 from filelock import FileLock, Timeout
 
+from vp_rl.configuration.kinds import Amount, Count, Seed, Several, Stars, Whole
 from vp_rl.interfaces import Annotator, Policy, PromptSource, Rewriter
 from vp_rl.types import Dropped, GivenImage, Usage
 from vp_rl.visionprefer import annotate, polish, schema
@@ -48,7 +50,7 @@ class Screen:
     """
 
     annotator: Annotator | None = None
-    at_least: int = 3
+    at_least: Stars = 3
 
 
 class Estimate(NamedTuple):
@@ -93,16 +95,16 @@ class Builder:
         rewriter: Rewriter | None = None,
         second_opinions: SecondOpinions | None = None,
         screen: Screen | None = None,
-        images_per_prompt: int = 4,
-        images_per_call: int = 0,
-        guidance_scales: Sequence[float] = (1.0, 2.0, 4.0, 7.0),
-        steps: Sequence[int] = (8, 12, 20),
-        batch_size: int = 64,
+        images_per_prompt: Several = 4,
+        images_per_call: Whole = 0,
+        guidance_scales: Annotated[Sequence[Amount], MinLen(1)] = (1.0, 2.0, 4.0, 7.0),
+        steps: Annotated[Sequence[Count], MinLen(1)] = (8, 12, 20),
+        batch_size: Count = 64,
         engine: Engine | None = None,
-        budget_usd: float | None = None,
-        attempts: int = 3,
+        budget_usd: Amount | None = None,
+        attempts: Count = 3,
         about: Mapping[str, str] | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         if images_per_prompt < 2:
             raise ValueError(

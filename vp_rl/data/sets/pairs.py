@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as parquet
 
+from vp_rl.configuration.kinds import Count, Text
 from vp_rl.data.sets.base import HumanSet, Judged, Protocol, pair
 from vp_rl.data.sets.files import Hub, Row, fetch, rows, stamp
 from vp_rl.data.sets.table import TableSet
@@ -62,14 +63,14 @@ class ParquetPairs(HumanSet):
     def __init__(
         self,
         title: str,
-        folder: str,
-        files: str,
+        folder: Text,
+        files: Text,
         columns: PairColumns,
         contents: Sequence[str],
         protocols: Sequence[Protocol],
-        tuning_files: str | None = None,
+        tuning_files: Text | None = None,
         hub: Hub | None = None,
-        limit: int | None = None,
+        limit: Count | None = None,
     ) -> None:
         self.title, self.protocols = title, list(protocols)
         self._folder, self._columns, self._hub, self._limit = Path(folder), columns, hub, limit
