@@ -105,7 +105,14 @@ def sampler_of(run: Any, given: Any) -> dict[str, Any]:
 
 
 def device_of(name: str) -> str:
-    """`auto` is the GPU where there is one."""
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    count = torch.cuda.device_count()
+    if name.startswith("cuda") and (torch.device(name).index or 0) >= count:
+        raise ValueError(f"device={name}: {count or 'no'} GPUs are here that torch can use. device=auto takes what is.")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 

@@ -25,6 +25,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from run_settings import device_of  # it lies beside this file
 from safetensors.torch import save
 
 from vp_rl.configuration.check import check
@@ -139,9 +140,7 @@ def serve(config: DictConfig) -> None:
     asked: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     written: Any = OmegaConf.to_container(config)
     check(asked, SERVE, written=written, folder=Path(HydraConfig.get().runtime.output_dir))
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(config.device)
     settings = str(OmegaConf.to_container(config.reward, resolve=True))
     name = f"{HydraConfig.get().runtime.choices.reward}-{zlib.crc32(settings.encode()):08x}"
     token = read(TOKEN)

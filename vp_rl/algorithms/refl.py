@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining, total_norm
-from vp_rl.configuration.kinds import Amount, Seed, Span
+from vp_rl.configuration.kinds import Amount, Real, Seed, Span
 from vp_rl.functional import hinge_reward_loss
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
@@ -49,7 +49,7 @@ class ReFL(PolicyTraining):
         optimizer: MakeOptimizer,
         *,
         window: Span = (0.75, 1.0),
-        target: float = 2.0,
+        target: Real = 2.0,
         reward_weight: Amount = 1e-3,
         pretrain_weight: Amount = 0.0,
         decay: bool = False,

@@ -19,7 +19,7 @@ from openai import APIError, APIStatusError, AsyncOpenAI
 from vp_rl.annotators.answers import storable
 from vp_rl.annotators.complaints import Server, complaint, missing_key, sort_out, unreachable
 from vp_rl.annotators.gate import Gate
-from vp_rl.configuration.kinds import Amount, Count, Seconds, Text, Whole
+from vp_rl.configuration.kinds import Amount, Count, Seconds, Text, Url, Whole
 from vp_rl.interfaces import Unanswered
 from vp_rl.secrets import mask, read, refuse_literal, register_address
 from vp_rl.types import Answer, Usage
@@ -56,7 +56,7 @@ class Chat:
         self,
         model: Text,
         *,
-        base_url: Text = "https://api.openai.com/v1",
+        base_url: Url = "https://api.openai.com/v1",
         api_key_env: Text | None = "OPENAI_API_KEY",
         concurrency: Count = 16,
         timeout: Seconds = 120.0,

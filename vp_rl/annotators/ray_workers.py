@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vp_rl.configuration.kinds import Amount, Count
+from vp_rl.configuration.kinds import Amount, Count, Text
 from vp_rl.interfaces import Annotator
 from vp_rl.types import Answer, Aspect, Rating, Usage
 
@@ -32,7 +32,7 @@ class RayAnnotator(Annotator):
         workers: Count = 2,
         gpus: Amount = 0,
         cpus: Amount = 1,
-        address: str | None = None,
+        address: Text | None = None,
     ) -> None:
         if workers < 1:
             raise ValueError(f"annotator.workers={workers} must be at least 1.")

@@ -28,7 +28,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from vp_rl.annotators.answers import read_ratings
 from vp_rl.annotators.wording import rating_instructions, rating_question
-from vp_rl.configuration.kinds import Count, Text, one_of
+from vp_rl.configuration.kinds import Count, Device, Text, one_of
 from vp_rl.interfaces import Annotator
 from vp_rl.types import Answer, Aspect, Rating, Usage
 
@@ -65,7 +65,7 @@ class TransformersVLMAnnotator(Annotator):
         max_new_tokens: Count = 1024,
         max_pixels: Count = 768 * 768,
         dtype: Annotated[str, one_of("auto", "float32", "bfloat16", "float16")] = "auto",
-        device: Text = "auto",
+        device: Device = "auto",
         guidelines: Text | None = None,
     ) -> None:
         if min(batch_size, max_new_tokens) < 1 or max_pixels < 32 * 32:

@@ -43,7 +43,7 @@ class MetricsTable(CSVLogger):
 
 
 def wandb_logger(
-    folder: Text, project: Text, name: str | None, entity: str | None = None, tags: Sequence[str] = ()
+    folder: Text, project: Text, name: Text | None, entity: Text | None = None, tags: Sequence[str] = ()
 ) -> WandbLogger:
     """A W&B run that says nothing of the machine it runs on, and that goes on when the run is resumed.
 

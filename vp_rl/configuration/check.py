@@ -16,14 +16,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import ConfigDict, TypeAdapter
-from pydantic.errors import PydanticUserError
 
+from vp_rl.configuration.own import THEIRS
 from vp_rl.secrets import guard, mask, refuse_literal
 
 Tree = Mapping[str, Any]
 
 _OWN = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}  # Hydra's keys
 _STRICT = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+_LARGEST = 2**63 - 1  # of numbers that torch takes as they are
 _MOST = 80  # characters of a value that are shown
 _EMPTY = inspect.Parameter.empty
 
@@ -55,17 +56,17 @@ def check(
         for file in [] if folder is None else (folder / ".hydra").glob("*.yaml"):
             file.write_text(mask(file.read_text(encoding="utf-8")), encoding="utf-8")
         raise
+    # A setting is passed on to others by interpolation: its shortest name is the one that a user knows.
     found: dict[tuple[str, str], str] = {}
     for name, hint in (own or {}).items():
         value: Any = settings
         for part in name.split("."):
             value = value.get(part) if isinstance(value, Mapping) else None
         if not fits(value, hint):
-            found[name, repr(value)] = said(name, value, hint)
+            found[name.rpartition(".")[2], repr(value)] = said(name, value, hint)
     for path, node in sorted(_nodes(settings), key=lambda place: place[0].count(".")):
         for argument, value, problem in _problems(path, node, later):
-            # Interpolation repeats a node wherever it is used: its shortest path is the one that a user sets.
-            found.setdefault((f"{node['_target_']} {argument}", repr(value)), problem)
+            found.setdefault((argument, repr(value)), problem)
     if found:
         raise ValueError("\n".join(dict.fromkeys(mask(each) for each in found.values())))
 
@@ -91,6 +92,8 @@ def fits(value: Any, hint: Any) -> bool:
         members = [member for member in _members(hint) if len(get_args(member)) >= least]
         items = list(value.values() if isinstance(value, Mapping) else value)
         return not members or any(all(fits(item, get_args(member)[-1]) for item in items) for member in members)
+    if any(isinstance(leaf, int | float) and not abs(leaf) <= _LARGEST for leaf in _leaves(value)):
+        return False
     adapter = _adapter(hint)
     if adapter is None:
         return True
@@ -158,7 +161,7 @@ def _problems(path: str, node: Tree, later: Sequence[str]) -> Iterator[tuple[str
     given = {str(key): value for key, value in node.items() if key not in _OWN}
     given |= dict(zip(parameters, node.get("_args_") or (), strict=False))
     takes_all = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    hints = _hints(target)
+    hints = _hints(target) | THEIRS.get(name, {})
     before = False  # a problem was said
     for key, value in given.items():
         place = f"{path}.{key}".lstrip(".")
@@ -273,22 +276,31 @@ def _nodes(value: Any, path: str = "") -> Iterator[tuple[str, Tree]]:
             yield from _nodes(item, f"{path}[{place}]")
 
 
+def _leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    for item in value if isinstance(value, list) else []:
+        yield from _leaves(item)
+    if not isinstance(value, list):
+        yield value
+
+
 def _tuples(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(map(_tuples, value))
     return {key: _tuples(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def _adapter(hint: Any) -> TypeAdapter[Any] | None:
+def _adapter(hint: Any) -> TypeAdapter | None:
     """What looks at plain values; None for a type that it knows nothing of."""
     try:
         return _known(hint)
-    except (PydanticUserError, TypeError, NameError, AttributeError):
+    except Exception:  # of what it cannot make sense of pydantic raises many things
         return None
 
 
 @lru_cache(maxsize=1024)
-def _known(hint: Any) -> TypeAdapter[Any]:
+def _known(hint: Any) -> TypeAdapter:
     return TypeAdapter(hint, config=None if _has_config(hint) else _STRICT)
 
 

@@ -3,6 +3,7 @@
 `check` looks at them before anything is built; it also has all floats finite.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -40,6 +41,7 @@ Whole = Annotated[int, Interval(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 """What every random number generator takes."""
 Seeds = Annotated[Sequence[Seed], MinLen(1)]
+Real = Annotated[float, Interval(ge=-1e6, le=1e6)]
 Amount = Annotated[float, Ge(0)]
 Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -49,6 +51,8 @@ Span = Annotated[tuple[Share, Share], Such(", rising", lambda pair: pair[0] <= p
 Seconds = Annotated[float, Interval(gt=0, le=1e8)]
 Text = Annotated[str, MinLen(1)]
 Texts = Annotated[Sequence[Text], MinLen(1)]
+Url = Annotated[str, Such(", an address as http://localhost:8000", re.compile(r"https?://[^\s/].*").fullmatch)]
+Device = Annotated[str, Such(", auto, cpu, cuda or as cuda:1", re.compile(r"auto|cpu|mps|xpu|cuda(:\d+)?").fullmatch)]
 Dtype = Annotated[str, one_of("float32", "bfloat16", "float16")]
 Port = Annotated[int, Interval(ge=0, le=65535)]
 Stars = Annotated[int, Interval(ge=1, le=5)]

@@ -3,7 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from vp_rl.configuration.kinds import Amount, Count, Port, Seed, Seeds, Text, one_of
+from annotated_types import Interval
+
+from vp_rl.configuration.kinds import Amount, Count, Device, Port, Seed, Seeds, Share, Text, one_of
 
 _Split = Annotated[str, one_of("train", "validation", "test")]
 _Nodes = Mapping[str, Any]
@@ -34,7 +36,7 @@ ACCURACY: dict[str, Any] = {
     "folder": Text,
     "batch_size": Count,
     "threads": Count,
-    "device": Text,
+    "device": Device,
     "seed": Seed,
     "rewards": _Nodes,
     "data": _Nodes,
@@ -43,7 +45,7 @@ OBJECTS: dict[str, Any] = {
     "adapter": Text,
     "folder": Text,
     "cache": Text | None,
-    "device": Text,
+    "device": Device,
     "seeds": Seeds,
     "batch_size": Count,
     "sampler": _Nodes,
@@ -62,4 +64,26 @@ IMAGES: dict[str, Any] = {
     "blind.aspects": str | Sequence[str],
 }
 EXPORT: dict[str, Any] = {"run": Text, "to": Text, "folder": Text}
-SERVE: dict[str, Any] = {"host": Text, "port": Port, "device": Text, "queue": Count, "max_body_mb": Count}
+SERVE: dict[str, Any] = {"host": Text, "port": Port, "device": Device, "queue": Count, "max_body_mb": Count}
+
+_Most = Annotated[int, Interval(ge=-1, le=2**31 - 1)]
+"""A number, or -1 for no end."""
+THEIRS: dict[str, dict[str, Any]] = {
+    "lightning.Trainer": {
+        "max_epochs": _Most | None,
+        "min_epochs": Count | None,
+        "max_steps": _Most,
+        "accumulate_grad_batches": Count,
+        "gradient_clip_val": Amount | None,
+        "log_every_n_steps": Count,
+        "num_sanity_val_steps": _Most,
+        "check_val_every_n_epoch": Count | None,
+        "num_nodes": Count,
+    },
+    "peft.LoraConfig": {
+        "r": Annotated[int, Interval(ge=1, le=2**16)],
+        "lora_alpha": Annotated[float, Interval(gt=0, le=1e6)],
+        "lora_dropout": Share,
+    },
+}
+"""Ranges that other libraries find out late, or never."""

@@ -107,7 +107,7 @@ class ZeroShotDetector(Detector):
         max_overlap: Share = 0.5,
         palette: Texts = COLOURS,
         query: Text = "a photo of a {name}",
-        revision: str | None = None,
+        revision: Text | None = None,
         dtype: Dtype = "float32",
     ) -> None:
         super().__init__()

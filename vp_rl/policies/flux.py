@@ -44,8 +44,8 @@ class Flux(AdaptedPolicy):
         resolution: Count = 1024,
         gradient_checkpointing: bool = False,
         economy: Economy = DEFAULT,
-        revision: str | None = None,
-        variant: str | None = None,
+        revision: Text | None = None,
+        variant: Text | None = None,
     ) -> None:
         source = Source(path, dtype, revision, variant, economy.quantize)
         pipeline = load_pipeline(source, FluxPipeline, "FLUX.1 dev and schnell")

@@ -40,8 +40,8 @@ class StableDiffusion(AdaptedPolicy):
         negative_prompt: str = "",
         gradient_checkpointing: bool = False,
         economy: Economy = DEFAULT,
-        revision: str | None = None,
-        variant: str | None = None,
+        revision: Text | None = None,
+        variant: Text | None = None,
     ) -> None:
         source, models = Source(path, dtype, revision, variant, economy.quantize), "Stable Diffusion 1.x and 2.x"
         pipeline = load_pipeline(source, StableDiffusionPipeline, models, _UNCHECKED)

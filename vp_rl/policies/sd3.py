@@ -47,8 +47,8 @@ class StableDiffusion3(AdaptedPolicy):
         negative_prompt: str = "",
         gradient_checkpointing: bool = False,
         economy: Economy = DEFAULT,
-        revision: str | None = None,
-        variant: str | None = None,
+        revision: Text | None = None,
+        variant: Text | None = None,
     ) -> None:
         source = Source(path, dtype, revision, variant, economy.quantize)
         without = {} if t5 else dict.fromkeys(_T5)

@@ -49,8 +49,8 @@ class StableDiffusionXL(AdaptedPolicy):
         negative_prompt: str | None = None,
         gradient_checkpointing: bool = False,
         economy: Economy = DEFAULT,
-        revision: str | None = None,
-        variant: str | None = None,
+        revision: Text | None = None,
+        variant: Text | None = None,
     ) -> None:
         source = Source(path, dtype, revision, variant, economy.quantize)
         components: dict[str, Any] = {"add_watermarker": False}

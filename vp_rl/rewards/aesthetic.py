@@ -40,7 +40,7 @@ class AestheticReward(Reward):
         head: Text,
         *,
         file: Text = "sac+logos+ava1-l14-linearMSE.pth",
-        revision: str | None = None,
+        revision: Text | None = None,
         clip: Text = "openai/clip-vit-large-patch14",
         dtype: Dtype = "float32",
     ) -> "AestheticReward":

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from vp_rl.configuration.kinds import Amount, Count, Seconds, Text
+from vp_rl.configuration.kinds import Amount, Count, Seconds, Url
 from vp_rl.interfaces import Reward, wait
 from vp_rl.secrets import mask, read, register_address
 from vp_rl.types import Images, Scores
@@ -84,7 +84,7 @@ class RemoteReward(Reward):
 
     def __init__(
         self,
-        url: Text,
+        url: Url,
         *,
         batch_size: Count = 16,
         concurrency: Count = 2,

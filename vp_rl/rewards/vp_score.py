@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vp_rl.configuration.kinds import Dtype, Positive, Text
+from vp_rl.configuration.kinds import Dtype, Positive, Real, Text
 from vp_rl.interfaces import TrainableReward
 from vp_rl.rewards import blip_names, blip_sizes, checkpoints
 from vp_rl.rewards.blip_attention import fuse
@@ -151,11 +151,11 @@ class VPScore(TrainableReward):
         init: Text,
         *,
         file: Text = "model.safetensors",
-        revision: str | None = None,
+        revision: Text | None = None,
         tokenizer: Text = "bert-base-uncased",
         vision: BlipVisionConfig | None = None,
         text: BlipTextConfig | None = None,
-        mean: float = 0.0,
+        mean: Real = 0.0,
         std: Positive = 1.0,
         by_aspect: bool = False,
         dtype: Dtype = "float32",

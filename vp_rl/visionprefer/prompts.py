@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import get_args
 
-from vp_rl.configuration.kinds import Count, Seed, Text, Whole
+from vp_rl.configuration.kinds import Count, Seed, Text, Texts, Whole
 from vp_rl.interfaces import PromptSource
 from vp_rl.scenes.grammar import parse, unique_scenes
 from vp_rl.types import Dropped, Split
@@ -63,7 +63,7 @@ class FilePrompts(PromptSource):
         path: Text,
         *,
         column: Text = "prompt",
-        nsfw_columns: Sequence[str] = (),
+        nsfw_columns: Sequence[Text] = (),
         id_column: Text | None = None,
         limit: Count | None = None,
         cleaner: Cleaner | None = None,
@@ -104,12 +104,12 @@ class HubPrompts(PromptSource):
         self,
         dataset: Text,
         *,
-        config: str | None = None,
-        files: str | Sequence[str] | None = None,
+        config: Text | None = None,
+        files: Text | Texts | None = None,
         source_split: Text = "train",
-        revision: str | None = None,
+        revision: Text | None = None,
         column: Text = "prompt",
-        nsfw_columns: Sequence[str] = (),
+        nsfw_columns: Sequence[Text] = (),
         id_column: Text | None = None,
         limit: Count | None = None,
         cleaner: Cleaner | None = None,

@@ -24,7 +24,7 @@ class Hub(NamedTuple):
     """Of the Hugging Face hub: OWNER/NAME."""
     files: Texts
     """What is needed of it: names, or patterns such as `data/test-*`. A `.tar.gz` among it is unpacked."""
-    revision: str | None = None
+    revision: Text | None = None
 
 
 def fetch(folder: Path, needed: str, hub: Hub | None) -> None:

@@ -37,7 +37,7 @@ class VisionPreferSet(HumanSet):
         protocols: Sequence[Protocol],
         split: Split = "test",
         limit: Count | None = None,
-        title: str = "VisionPrefer",
+        title: Text = "VisionPrefer",
     ) -> None:
         self.title, self.protocols = title, list(protocols)
         self.note = "Its judges are AI annotators: this is agreement with them, not with people."
