@@ -200,8 +200,9 @@ def _of_optimizer(target: Any, given: Tree) -> str | None:
         return None
     import torch
 
+    make: Any = target
     try:
-        target([torch.nn.Parameter(torch.zeros(1))], **given)
+        make([torch.nn.Parameter(torch.zeros(1))], **given)
     except (ValueError, TypeError, RuntimeError) as error:
         return " ".join(str(error).split()).rstrip(".")
     return None

@@ -16,7 +16,7 @@ class Such:
     """A condition that no range says, for pydantic; `words` follow those for the type."""
 
     words: str
-    holds: Callable[[Any], bool]
+    holds: Callable[[Any], Any]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         """As pydantic asks for it."""

@@ -1,5 +1,8 @@
 """What the programs themselves are told: settings of `conf/*.yaml` that belong to no node, by their dotted names."""
 
+# pyright: reportOperatorIssue=false
+# `Text | None` is a type here that is looked at, not an annotation.
+
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
