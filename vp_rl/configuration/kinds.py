@@ -4,35 +4,28 @@
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
-from annotated_types import Ge, Gt, Interval, MinLen
+from annotated_types import Ge, Gt, Interval, MinLen, Predicate
 
 
 @dataclass(frozen=True)
-class Such:
-    """A condition that no range says, for pydantic; `words` follow those for the type."""
+class Such(Predicate):
+    """A condition that no range says; `words` follow those for the type."""
 
     words: str
-    holds: Callable[[Any], Any]
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
-        """As pydantic asks for it."""
-        from pydantic_core import core_schema  # not when a class is imported that has such a setting
-
-        return core_schema.no_info_after_validator_function(self._checked, handler(source))
-
-    def _checked(self, value: Any) -> Any:
-        if not self.holds(value):
-            raise ValueError(self.words)
-        return value
 
 
 def one_of(*names: str) -> Such:
     """Text that is one of these."""
-    return Such(f", one of {', '.join(names)}", lambda value: value in names)
+    return Such(lambda value: value in names, f", one of {', '.join(names)}")
+
+
+def like(pattern: str, words: str) -> Such:
+    """Text of a form."""
+    return Such(lambda value: re.fullmatch(pattern, value) is not None, words)
 
 
 Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
@@ -47,12 +40,12 @@ Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Part = Annotated[float, Interval(gt=0, le=1)]
 """A share that is not nothing."""
-Span = Annotated[tuple[Share, Share], Such(", rising", lambda pair: pair[0] <= pair[1])]
+Span = Annotated[tuple[Share, Share], Such(lambda pair: pair[0] <= pair[1], ", rising")]
 Seconds = Annotated[float, Interval(gt=0, le=1e8)]
 Text = Annotated[str, MinLen(1)]
 Texts = Annotated[Sequence[Text], MinLen(1)]
-Url = Annotated[str, Such(", an address as http://localhost:8000", re.compile(r"https?://[^\s/].*").fullmatch)]
-Device = Annotated[str, Such(", auto, cpu, cuda or as cuda:1", re.compile(r"auto|cpu|mps|xpu|cuda(:\d+)?").fullmatch)]
+Url = Annotated[str, like(r"https?://[^\s/].*", ", an address as http://localhost:8000")]
+Device = Annotated[str, like(r"auto|cpu|mps|xpu|cuda(:\d+)?", ", auto, cpu, cuda or as cuda:1")]
 Dtype = Annotated[str, one_of("float32", "bfloat16", "float16")]
 Port = Annotated[int, Interval(ge=0, le=65535)]
 Stars = Annotated[int, Interval(ge=1, le=5)]
