@@ -29,6 +29,7 @@ def like(pattern: str, words: str) -> Such:
 
 
 Count = Annotated[int, Interval(ge=1, le=2**31 - 1)]
+Counts = Annotated[Sequence[Count], MinLen(1)]
 Several = Annotated[int, Interval(ge=2, le=2**31 - 1)]
 Whole = Annotated[int, Interval(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
@@ -36,6 +37,7 @@ Seed = Annotated[int, Interval(ge=0, le=2**32 - 1)]
 Seeds = Annotated[Sequence[Seed], MinLen(1)]
 Real = Annotated[float, Interval(ge=-1e6, le=1e6)]
 Amount = Annotated[float, Ge(0)]
+Amounts = Annotated[Sequence[Amount], MinLen(1)]
 Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Part = Annotated[float, Interval(gt=0, le=1)]

@@ -11,13 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from annotated_types import MinLen
 from filelock import FileLock, Timeout
 
-from vp_rl.configuration.kinds import Amount, Count, Seed, Several, Stars, Whole
+from vp_rl.configuration.kinds import Amount, Amounts, Count, Counts, Seed, Several, Stars, Whole
 from vp_rl.interfaces import Annotator, Policy, PromptSource, Rewriter
 from vp_rl.types import Dropped, GivenImage, Usage
 from vp_rl.visionprefer import annotate, polish, schema
@@ -97,8 +96,8 @@ class Builder:
         screen: Screen | None = None,
         images_per_prompt: Several = 4,
         images_per_call: Whole = 0,
-        guidance_scales: Annotated[Sequence[Amount], MinLen(1)] = (1.0, 2.0, 4.0, 7.0),
-        steps: Annotated[Sequence[Count], MinLen(1)] = (8, 12, 20),
+        guidance_scales: Amounts = (1.0, 2.0, 4.0, 7.0),
+        steps: Counts = (8, 12, 20),
         batch_size: Count = 64,
         engine: Engine | None = None,
         budget_usd: Amount | None = None,
