@@ -43,7 +43,7 @@ def look(config: Any, own: Mapping[str, Any] | None = None) -> None:
     """Looks at a configuration before anything is built: see `check`."""
     folder = Path(HydraConfig.get().runtime.output_dir) if HydraConfig.initialized() else None
     asked: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
-    written: Any = OmegaConf.to_container(config)
+    written: Any = {} if own is None else OmegaConf.to_container(config)  # a run's settings are resolved already
     check(asked, own, written=written, folder=folder)
 
 
