@@ -25,8 +25,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vp_rl.callbacks.checkpoint_files import differences, newest, order, read
+from vp_rl.configuration.check import check
+from vp_rl.configuration.own import AUTOMATIC, TRAIN
 from vp_rl.planning.devices import check_devices
 from vp_rl.planning.geometry import automatic, is_wanted
+from vp_rl.secrets import guard, masked
 
 log = logging.getLogger("vp_rl")
 
@@ -60,13 +63,16 @@ def run(config: DictConfig) -> float | None:
         The held-out judge's mean rating gain for a policy, or the test accuracy of a reward model; None of a dry run.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
+    asked: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    written: Any = OmegaConf.to_container(config)
+    check(asked, TRAIN, written=written, folder=folder, later=AUTOMATIC)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     check_devices(config.trainer, lambda: instantiate(config.trainer, logger=False, enable_checkpointing=False))
     planned = _planned(config)
     if config.dry_run:
         return None
     data = instantiate(config.data)
-    settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
+    settings: dict[str, Any] = masked(OmegaConf.to_container(config, resolve=True))
     checkpoint = _checkpoint(config.resume or ("auto" if _is_job() else None), folder, settings)
     algorithm = planned or instantiate(config.algorithm)
     trainer: lightning.Trainer = instantiate(
@@ -237,5 +243,6 @@ def _quieten() -> None:
 
 
 if __name__ == "__main__":
+    guard()
     _quieten()
     main()

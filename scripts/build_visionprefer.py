@@ -8,15 +8,20 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vp_rl.configuration.check import check
+from vp_rl.configuration.own import BUILD
+from vp_rl.secrets import guard
 from vp_rl.visionprefer import schema
 from vp_rl.visionprefer.build import STAGES, Builder
 from vp_rl.visionprefer.export import push
@@ -43,6 +48,9 @@ def run(config: DictConfig) -> None:
     Raises:
         ValueError, OSError: `until` is no stage; see `Builder` and `push`.
     """
+    asked: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    written: Any = OmegaConf.to_container(config)
+    check(asked, BUILD, written=written, folder=Path(HydraConfig.get().runtime.output_dir))
     if config.until not in STAGES:
         raise ValueError(f"until={config.until!r} is no stage: choose from {', '.join(STAGES)}.")
     folder = Path(config.folder)
@@ -75,5 +83,6 @@ def stop(error: BaseException) -> None:
 
 
 if __name__ == "__main__":
+    guard()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a CPU kernel that nobody uses here
     main()

@@ -26,12 +26,14 @@ import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from run_settings import names_in, plain_errors  # it lies beside this file
+from run_settings import look, names_in, plain_errors  # it lies beside this file
 
+from vp_rl.configuration.own import ACCURACY
 from vp_rl.data.sets.base import HumanSet, Judged
 from vp_rl.evaluation.accuracy_report import console, write
 from vp_rl.evaluation.human_accuracy import Result, measure
 from vp_rl.evaluation.scoring import Scorer, fingerprint, score_set
+from vp_rl.secrets import guard
 
 log = logging.getLogger("vp_rl")
 
@@ -55,6 +57,7 @@ def evaluate(config: DictConfig) -> list[Result]:
     Raises:
         ValueError, OSError: see `HumanSet.load`, `Scorer` and the rewards.
     """
+    look(config, ACCURACY)
     sets: dict[str, tuple[HumanSet, list[Judged]]] = {}
     for name in config.data:  # all of them first: what is missing shows before hours of scoring
         human: HumanSet = instantiate(config.data[name])
@@ -135,4 +138,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    guard()
     main()

@@ -13,9 +13,10 @@ import torch
 from evaluate_blind import ask, check  # these lie beside this file
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
-from run_settings import command, device_of, find, kept_of, names_in, plain_errors, said, sampler_of, with_given
+from run_settings import command, device_of, find, kept_of, look, names_in, plain_errors, said, sampler_of, with_given
 from tqdm import tqdm
 
+from vp_rl.configuration.own import IMAGES
 from vp_rl.evaluation.compare import BASE, OTHER
 from vp_rl.evaluation.conclusion import ALONE, PAIRS, conclude, publish
 from vp_rl.evaluation.distances import Encoder, distances, images_in, sees_whole
@@ -77,7 +78,9 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError, OSError: the adapter, or something else that is named, is not there or does not fit.
     """
+    look(config, IMAGES)
     adapter, whole = complete(config)
+    look(whole)
     other = None if config.against is None else find(Path(config.against), "against")
     check(config.blind.pairs, config.blind.aspects)
     folder, started = Path(config.folder), time.monotonic()

@@ -7,10 +7,11 @@ from typing import Any
 
 import hydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig
-from run_settings import command, device_of, find, kept_of, plain_errors, said, sampler_of, with_given
+from omegaconf import DictConfig, OmegaConf
+from run_settings import command, device_of, find, kept_of, look, plain_errors, said, sampler_of, with_given
 from tqdm import tqdm
 
+from vp_rl.configuration.own import OBJECTS
 from vp_rl.evaluation.geneval import Detector
 from vp_rl.evaluation.images import Evaluator
 from vp_rl.evaluation.objects import Checked, Score, Unasked, compare_tasks, examine_all
@@ -48,7 +49,9 @@ def evaluate(config: DictConfig) -> dict[str, Score]:
     Raises:
         ValueError, OSError: the adapter, or something else that is named, is not there or does not fit.
     """
+    look(config, OBJECTS)
     adapter, node, sampler = complete(config)
+    look(OmegaConf.create({"policy": node, "sampler": sampler}))
     source = instantiate(config.prompts)
     if not isinstance(source, ObjectPrompts):
         raise ValueError("prompts=... must say what is in the image: choose geneval or scene_objects.")

@@ -7,7 +7,6 @@ python scripts/export_adapter.py --help
 import json
 import logging
 import os
-import re
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -19,18 +18,22 @@ import hydra
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vp_rl.configuration.check import check
+from vp_rl.configuration.own import EXPORT
 from vp_rl.policies import export
 from vp_rl.policies.pipelines import Source
+from vp_rl.secrets import guard, mask, masked
 
 FORMATS = ("diffusers", "kohya", "merged")
 _SAID = ("policy", "algorithm", "reward", "sampler", "data", "prompts", "seed", "trainer")  # of the settings
-_SECRET = re.compile(r"(^|_)(key|token|secret|password)$")
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="export")
 def main(config: DictConfig) -> None:
     """One export."""
     try:
+        asked: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        check(asked, EXPORT)
         print(f"written: {write(Path(config.run), config.to, Path(config.folder))}")
     except (ValueError, OSError, OmegaConfBaseException) as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
@@ -68,26 +71,20 @@ def write(run: Path, to: str, folder: Path) -> Path:
 
 def describe(config: Any, base: str) -> dict[str, str]:
     """What is said of the adapter in its header."""
-    settings: Any = OmegaConf.to_container(config, resolve=False)  # environment variables stay names
+    settings: Any = masked(OmegaConf.to_container(config, resolve=False))  # environment variables stay names
     facts = {
-        "base_model": base,
+        "base_model": mask(base),
         "base_licence": export.licence(base),
         "reward": settings.get("reward", {}).get("_target_", "").rpartition(".")[2],
         "reward_checkpoint": settings.get("reward", {}).get("checkpoint"),
         "seed": settings.get("seed"),
-        "settings": json.dumps(without_secrets({name: settings[name] for name in _SAID if name in settings})),
+        "settings": json.dumps({name: settings[name] for name in _SAID if name in settings}),
         "version": version("vp_rl"),
     }
     return {f"vp_rl.{name}": str(value) for name, value in facts.items() if value not in (None, "")}
 
 
-def without_secrets(value: Any) -> Any:
-    """The settings without passwords and the like, by their names."""
-    if isinstance(value, dict):
-        return {name: without_secrets(item) for name, item in value.items() if not _SECRET.search(str(name))}
-    return [without_secrets(item) for item in value] if isinstance(value, list) else value
-
-
 if __name__ == "__main__":
+    guard()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a CPU kernel that this system does not use
     main()

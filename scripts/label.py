@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from vp_rl.annotators.wording import read_guidelines
+from vp_rl.secrets import guard
 from vp_rl.types import ASPECTS
 from vp_rl.visionprefer import agreement, schema, tables
 from vp_rl.visionprefer.label import Labeler, dataset_pairs, serve
@@ -70,4 +71,5 @@ def run(given: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
+    guard()
     main()

@@ -16,6 +16,7 @@ from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vp_rl.configuration.check import check
 from vp_rl.evaluation.settings import override
 from vp_rl.evaluation.store import Kept, Store, fingerprint
 from vp_rl.interfaces import Policy, Unanswered
@@ -36,6 +37,14 @@ def plain_errors(kept: str) -> Iterator[None]:
         sys.exit(f"error: {error}\n{kept} kept: start the same command again to go on")
     except KeyboardInterrupt:
         sys.exit(f"stopped; {kept} kept, start the same command again to go on")
+
+
+def look(config: Any, own: Mapping[str, Any] | None = None) -> None:
+    """Looks at a configuration before anything is built: see `check`."""
+    folder = Path(HydraConfig.get().runtime.output_dir) if HydraConfig.initialized() else None
+    asked: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    written: Any = {} if own is None else OmegaConf.to_container(config)  # a run's settings are resolved already
+    check(asked, own, written=written, folder=folder)
 
 
 def _stop(error: BaseException) -> None:
@@ -96,7 +105,14 @@ def sampler_of(run: Any, given: Any) -> dict[str, Any]:
 
 
 def device_of(name: str) -> str:
-    """`auto` is the GPU where there is one."""
+    """`auto` is the GPU where there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    count = torch.cuda.device_count()
+    if name.startswith("cuda") and (torch.device(name).index or 0) >= count:
+        raise ValueError(f"device={name}: {count or 'no'} GPUs are here that torch can use. device=auto takes what is.")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 

@@ -12,6 +12,8 @@ import sys
 import zlib
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
 
@@ -23,10 +25,14 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from run_settings import device_of  # it lies beside this file
 from safetensors.torch import save
 
+from vp_rl.configuration.check import check
+from vp_rl.configuration.own import SERVE
 from vp_rl.interfaces import Reward
 from vp_rl.rewards.remote import SERVED, TOKEN, decode
+from vp_rl.secrets import guard, mask, read
 
 log = logging.getLogger("vp_rl")
 
@@ -90,12 +96,12 @@ class RewardServer:
         try:
             images, prompts = decode(body)
         except ValueError as error:
-            return web.Response(status=400, text=str(error))
+            return web.Response(status=400, text=mask(str(error)))
         try:
             scores = self._reward(images.to(self._device), prompts)
         except Exception as error:  # whatever a reward raises, the next request may be a better one
             log.exception("the reward failed on %s images", tuple(images.shape))
-            return web.Response(status=500, text=f"{type(error).__name__}: {error}")
+            return web.Response(status=500, text=mask(f"{type(error).__name__}: {error}"))
         headers = {SERVED: self._name}
         return web.Response(body=save({"scores": scores.float().cpu().contiguous()}), headers=headers)
 
@@ -131,12 +137,13 @@ def serve(config: DictConfig) -> None:
     Raises:
         ValueError, OSError: a setting makes no sense, the reward cannot be loaded, or the port is taken.
     """
-    device = config.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    asked: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    written: Any = OmegaConf.to_container(config)
+    check(asked, SERVE, written=written, folder=Path(HydraConfig.get().runtime.output_dir))
+    device = device_of(config.device)
     settings = str(OmegaConf.to_container(config.reward, resolve=True))
     name = f"{HydraConfig.get().runtime.choices.reward}-{zlib.crc32(settings.encode()):08x}"
-    token = os.environ.get(TOKEN, "").strip()
+    token = read(TOKEN)
     reward = instantiate(config.reward).requires_grad_(False).eval().to(device)
     server = RewardServer(
         reward, name, device=device, queue=config.queue, max_body=config.max_body_mb * 2**20, token=token
@@ -162,4 +169,5 @@ def stop(error: BaseException) -> None:
 
 
 if __name__ == "__main__":
+    guard()
     main()

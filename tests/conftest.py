@@ -27,3 +27,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _same_random_numbers() -> None:
     """A test's numbers do not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_secrets_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A short one is a word that other tests may use."""
+    monkeypatch.setattr("vp_rl.secrets._known", set())

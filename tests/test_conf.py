@@ -13,6 +13,9 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
+from vp_rl.configuration import own
+from vp_rl.configuration.check import check as look
+
 CONF = Path(__file__).parents[1] / "conf"
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 DEFAULT = "ddpo_vpscore"
@@ -20,6 +23,7 @@ OPTIONS = sorted(
     f"{file.parent.name}={file.stem}" for file in CONF.glob("*/*.yaml") if file.parent.name != "experiment"
 )
 _ROOTS = {"human": "evaluate", "detector": "evaluate_objects"}  # of groups that are in no training
+_OWN = {"train": own.TRAIN, "build": own.BUILD, "evaluate": own.ACCURACY, "evaluate_objects": own.OBJECTS}
 _HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
 
 
@@ -77,7 +81,9 @@ def check(path: str, node: DictConfig) -> None:
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_and_its_keys_are_parameters(experiment: str) -> None:
-    found = dict(nodes(composed(f"experiment={experiment}")))
+    config = composed(f"experiment={experiment}")
+    look(OmegaConf.to_container(config, resolve=True), own.TRAIN, written=OmegaConf.to_container(config))
+    found = dict(nodes(config))
     assert {"algorithm", "algorithm.reward", "policy.lora", "trainer", "logger.csv"} <= found.keys()
     for path, node in found.items():
         check(path, node)
@@ -98,6 +104,7 @@ def test_every_option_of_every_group_composes_and_its_keys_are_parameters(option
     needed = ["adapter=x"] if root == "evaluate_objects" else []
     config = composed(f"{'+' if group == 'human' else ''}{place}={name}", *needed, root=root)
     assert HydraConfig.get().runtime.choices[place] == name
+    look(OmegaConf.to_container(config, resolve=True), _OWN[root], written=OmegaConf.to_container(config))
     for path, node in nodes(config):
         check(path, node)
 

@@ -326,7 +326,7 @@ def test_every_set_is_looked_for_before_a_reward_is_loaded(tmp_path: Path) -> No
         (["accuracy", "data=[hpd_v2,hpd_v2]"], "error: 'data=[hpd_v2,hpd_v2]': give one name"),
         (["accuracy", "rewards.vp_score.checkpoint=nowhere"], "error: reward.checkpoint='nowhere' does not exist"),
         (["accuracy", "data.visionprefer.folder=nowhere"], "error: There is no VisionPrefer dataset in 'nowhere'"),
-        (["accuracy", "device=gpu"], "error: device='gpu' cannot be used"),
+        (["accuracy", "device=gpu"], "error: device='gpu' must be text, auto, cpu"),
     ],
 )
 def test_mistakes_on_the_command_line_get_one_message(tmp_path: Path, arguments: list[str], said: str) -> None:

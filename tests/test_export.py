@@ -53,7 +53,7 @@ def make_run(folder: Path, **lora: Any) -> StableDiffusion:
     config = {
         "seed": 7,
         "policy": {"path": "tiny-sd", "dtype": "float32", "lora": {**LORA, **lora}},
-        "reward": {"_target_": "vp_rl.rewards.vp_score.VPScore", "checkpoint": "tiny-vp-score", "api_key": "hidden"},
+        "reward": {"_target_": "vp_rl.rewards.vp_score.VPScore", "checkpoint": "tiny-vp-score", "api_key": "s3cret"},
         "algorithm": {"policy": "${policy}", "optimizer": {"lr": 1e-3}},
         "name": "${hydra:runtime.choices.experiment}",
     }
@@ -102,7 +102,7 @@ def check_facts(file: Path) -> None:
     settings = json.loads(facts["vp_rl.settings"])
     assert settings["policy"]["lora"]["r"] == 4
     assert settings["algorithm"]["optimizer"]["lr"] == 1e-3
-    assert "hidden" not in str(facts)
+    assert "s3cret" not in str(facts)
 
 
 @pytest.mark.parametrize("to", ["diffusers", "kohya"])

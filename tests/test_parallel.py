@@ -158,9 +158,7 @@ DDPOS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", DDPOS)
-def test_two_processes_and_accumulation_make_an_online_methods_updates(
-    name: str, tmp_path: Path
-) -> None:
+def test_two_processes_and_accumulation_make_an_online_methods_updates(name: str, tmp_path: Path) -> None:
     make = partial(ddpo, **DDPOS[name])
     batch = 2 if name == "branch" else 8
     [one] = run(make(2 * batch), tmp_path / "one", 4)

@@ -56,7 +56,7 @@ REFUSED = {
     "experiment=ddpo_vpscore algorithm.clip_rnge=1": r"Could not override 'algorithm\.clip_rnge'",
     f"experiment=ddpo_vpscore resume=/nonexistent.ckpt {REWARD}": r"^error: resume='/nonexistent\.ckpt'.* no such",
     f"callbacks.guards.on_nonfinite=ignore trainer=cpu {REWARD}": r"^error: .*callbacks\.guards\.on_nonfinite='ignore'",
-    "data.batch_size=0": r"^error: data\.batch_size=0 must be at least 1\.$",
+    "data.batch_size=0": r"^error: data\.batch_size=0 must be a whole number from 1 to \d+\.$",
     "prompts=file prompts.path=/nonexistent": r"^error: No prompt file at '/nonexistent'",
     f"experiment=ddpo_vpscore sampler.eta=0 {REWARD}": r"^error: No sampling step .*raise sampler\.eta\.$",
     f"resume={TEXT} trainer=cpu evaluation.limit=1 {REWARD}": r"^error: .*resume='pyproject\.toml'",

@@ -13,6 +13,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
+from vp_rl.configuration.kinds import Amount, Count
 from vp_rl.functional import gaussian_kl, gaussian_log_prob, rows
 from vp_rl.interfaces import Policy
 from vp_rl.types import Branches, Conditioning, Latents, Steps, Trajectory, Transition, take
@@ -30,9 +31,9 @@ class Sampler:
         eta: noise of each step, 0 (deterministic) to 1 (ancestral).
     """
 
-    steps: int = 20
-    guidance: float = 5.0
-    eta: float = 0.0
+    steps: Count = 20
+    guidance: Amount = 5.0
+    eta: Amount = 0.0
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.guidance < 0 or self.eta < 0:

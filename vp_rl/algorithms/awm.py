@@ -15,6 +15,7 @@ from torch import Tensor
 from vp_rl.algorithms.base import MakeOptimizer
 from vp_rl.algorithms.forward_process import ForwardProcess, Noised
 from vp_rl.algorithms.rounds import Batch
+from vp_rl.configuration import kinds
 from vp_rl.functional import clipped_surrogate, mean_square
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
@@ -43,20 +44,20 @@ class AdvantageWeightedMatching(ForwardProcess):
         sampler: Sampler,
         optimizer: MakeOptimizer,
         *,
-        images_per_prompt: int = 16,
-        sample_batch: int = 64,
-        train_batch: int = 64,
-        inner_epochs: int = 1,
-        advantage_clip: float = 1.0,
-        clip_range: float = 0.2,
-        noise_levels: int = 4,
-        window: tuple[float, float] = (0.0, 1.0),
-        kl_weight: float = 3e-3,
-        anchor_weight: float = 1.0,
-        anchor_decay: float = 0.3,
-        anchor_warmup: int = 300,
+        images_per_prompt: kinds.Several = 16,
+        sample_batch: kinds.Count = 64,
+        train_batch: kinds.Count = 64,
+        inner_epochs: kinds.Count = 1,
+        advantage_clip: kinds.Positive = 1.0,
+        clip_range: kinds.Positive = 0.2,
+        noise_levels: kinds.Count = 4,
+        window: kinds.Span = (0.0, 1.0),
+        kl_weight: kinds.Amount = 3e-3,
+        anchor_weight: kinds.Amount = 1.0,
+        anchor_decay: kinds.Share = 0.3,
+        anchor_warmup: kinds.Whole = 300,
         decay: bool = False,
-        seed: int = 0,
+        seed: kinds.Seed = 0,
     ) -> None:
         super().__init__(
             policy,

@@ -19,6 +19,7 @@ import torch
 from vp_rl.algorithms.base import MakeOptimizer
 from vp_rl.algorithms.policy_gradient import Drawn, PolicyGradient
 from vp_rl.algorithms.rounds import Part
+from vp_rl.configuration import kinds
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
 from vp_rl.types import Latents
@@ -50,20 +51,20 @@ class DDPO(PolicyGradient):
         sampler: Sampler,
         optimizer: MakeOptimizer,
         *,
-        images_per_prompt: int = 16,
-        sample_batch: int = 64,
-        train_batch: int = 64,
-        inner_epochs: int = 1,
-        clip_range: float = 1e-4,
-        advantage_clip: float = 5.0,
-        window: tuple[float, float] = (0.0, 1.0),
-        random_steps: int | None = None,
-        timestep_fraction: float = 1.0,
-        min_std: float = 0.0,
+        images_per_prompt: kinds.Several = 16,
+        sample_batch: kinds.Count = 64,
+        train_batch: kinds.Count = 64,
+        inner_epochs: kinds.Count = 1,
+        clip_range: kinds.Positive = 1e-4,
+        advantage_clip: kinds.Positive = 5.0,
+        window: kinds.Span = (0.0, 1.0),
+        random_steps: kinds.Count | None = None,
+        timestep_fraction: kinds.Part = 1.0,
+        min_std: kinds.Amount = 0.0,
         weight_by_std: bool = True,
-        kl_weight: float = 0.0,
+        kl_weight: kinds.Amount = 0.0,
         decay: bool = False,
-        seed: int = 0,
+        seed: kinds.Seed = 0,
     ) -> None:
         super().__init__(
             policy,

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining
 from vp_rl.algorithms.phases import Load, Phase, alike
+from vp_rl.configuration import kinds
 from vp_rl.functional import diffusion_dpo_loss, loser_bound, mean_square, seed_of
 from vp_rl.interfaces import Policy
 from vp_rl.types import Conditioning, Images, Latents, PreferenceBatch
@@ -49,11 +50,11 @@ class DiffusionDPO(PolicyTraining):
         policy: Policy,
         optimizer: MakeOptimizer,
         *,
-        beta: float = 5000.0,
-        bound: float | None = 0.9,
-        window: tuple[float, float] = (0.0, 1.0),
+        beta: kinds.Positive = 5000.0,
+        bound: kinds.Share | None = 0.9,
+        window: kinds.Span = (0.0, 1.0),
         decay: bool = False,
-        seed: int = 0,
+        seed: kinds.Seed = 0,
     ) -> None:
         super().__init__(policy, optimizer, decay=decay, seed=seed)
         if not beta > 0:

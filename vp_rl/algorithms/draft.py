@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vp_rl.algorithms.base import MakeOptimizer
 from vp_rl.algorithms.reward_gradient import Finished, RewardGradient
+from vp_rl.configuration import kinds
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Generators, Sampler
 from vp_rl.types import Conditioning, Latents, Scores
@@ -47,13 +48,13 @@ class DRaFT(RewardGradient):
         sampler: Sampler,
         optimizer: MakeOptimizer,
         *,
-        last_steps: int | None = 1,
-        renoise: int = 0,
+        last_steps: kinds.Count | None = 1,
+        renoise: kinds.Whole = 0,
         checkpoint_steps: bool = True,
-        reward_weight: float = 1.0,
-        pretrain_weight: float = 0.0,
+        reward_weight: kinds.Amount = 1.0,
+        pretrain_weight: kinds.Amount = 0.0,
         decay: bool = False,
-        seed: int = 0,
+        seed: kinds.Seed = 0,
     ) -> None:
         weights = {"reward_weight": reward_weight, "pretrain_weight": pretrain_weight}
         super().__init__(policy, reward, sampler, optimizer, **weights, decay=decay, seed=seed)

@@ -16,6 +16,7 @@ from torch import Tensor
 from vp_rl.algorithms.base import MakeOptimizer
 from vp_rl.algorithms.forward_process import ForwardProcess, Noised
 from vp_rl.algorithms.rounds import Batch, Part
+from vp_rl.configuration import kinds
 from vp_rl.functional import mean_square, nft_loss
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
@@ -43,19 +44,19 @@ class DiffusionNFT(ForwardProcess):
         sampler: Sampler,
         optimizer: MakeOptimizer,
         *,
-        images_per_prompt: int = 16,
-        sample_batch: int = 64,
-        train_batch: int = 64,
-        inner_epochs: int = 1,
-        advantage_clip: float = 5.0,
-        noise_levels: int = 4,
-        window: tuple[float, float] = (0.0, 1.0),
-        beta: float = 1.0,
-        old_decay: float = 0.5,
-        old_warmup: int = 100,
-        kl_weight: float = 1e-4,
+        images_per_prompt: kinds.Several = 16,
+        sample_batch: kinds.Count = 64,
+        train_batch: kinds.Count = 64,
+        inner_epochs: kinds.Count = 1,
+        advantage_clip: kinds.Positive = 5.0,
+        noise_levels: kinds.Count = 4,
+        window: kinds.Span = (0.0, 1.0),
+        beta: kinds.Part = 1.0,
+        old_decay: kinds.Share = 0.5,
+        old_warmup: kinds.Whole = 100,
+        kl_weight: kinds.Amount = 1e-4,
         decay: bool = False,
-        seed: int = 0,
+        seed: kinds.Seed = 0,
     ) -> None:
         super().__init__(
             policy,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vp_rl.algorithms.base import MakeOptimizer
 from vp_rl.algorithms.reward_gradient import Finished, RewardGradient
+from vp_rl.configuration import kinds
 from vp_rl.functional import hinge_reward_loss
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Generators, Sampler
@@ -41,12 +42,12 @@ class ReFL(RewardGradient):
         sampler: Sampler,
         optimizer: MakeOptimizer,
         *,
-        window: tuple[float, float] = (0.75, 1.0),
-        target: float = 2.0,
-        reward_weight: float = 1e-3,
-        pretrain_weight: float = 0.0,
+        window: kinds.Span = (0.75, 1.0),
+        target: kinds.Real = 2.0,
+        reward_weight: kinds.Amount = 1e-3,
+        pretrain_weight: kinds.Amount = 0.0,
         decay: bool = False,
-        seed: int = 0,
+        seed: kinds.Seed = 0,
     ) -> None:
         weights = {"reward_weight": reward_weight, "pretrain_weight": pretrain_weight}
         super().__init__(policy, reward, sampler, optimizer, **weights, decay=decay, seed=seed)

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from vp_rl.algorithms.base import decaying
 from vp_rl.algorithms.clipping import ClippedModule
 from vp_rl.algorithms.shares import of_all_devices, unrepeated
+from vp_rl.configuration.kinds import Amount, Count, Seed, Share, Text
 from vp_rl.functional import label_belief, preference_weights, ranking_loss, seed_of
 from vp_rl.interfaces import TrainableReward
 from vp_rl.types import ASPECTS, PreferenceBatch
@@ -58,13 +59,13 @@ class RewardModel(ClippedModule):
         self,
         reward: TrainableReward,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
-        save_to: str,
-        frozen: float = 0.0,
-        smoothing: float = 0.0,
-        margin_scale: float = 0.0,
+        save_to: Text,
+        frozen: Share = 0.0,
+        smoothing: Share = 0.0,
+        margin_scale: Amount = 0.0,
         learn_weights: bool = False,
-        patience: int | None = None,
-        seed: int = 0,
+        patience: Count | None = None,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         if not 0 <= smoothing < 0.5:

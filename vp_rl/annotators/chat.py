@@ -8,7 +8,6 @@ import asyncio
 import hashlib
 import json
 import logging
-import os
 import re
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -18,9 +17,11 @@ import httpx2
 from openai import APIError, APIStatusError, AsyncOpenAI
 
 from vp_rl.annotators.answers import storable
-from vp_rl.annotators.complaints import Server, complaint, garbled_key, missing_key, sort_out, unreachable
+from vp_rl.annotators.complaints import Server, complaint, missing_key, sort_out, unreachable
 from vp_rl.annotators.gate import Gate
+from vp_rl.configuration.kinds import Amount, Count, Seconds, Text, Url, Whole
 from vp_rl.interfaces import Unanswered
+from vp_rl.secrets import mask, read, refuse_literal, register_address
 from vp_rl.types import Answer, Usage
 
 Message = dict[str, Any]
@@ -53,28 +54,30 @@ class Chat:
 
     def __init__(
         self,
-        model: str,
+        model: Text,
         *,
-        base_url: str = "https://api.openai.com/v1",
-        api_key_env: str | None = "OPENAI_API_KEY",
-        concurrency: int = 16,
-        timeout: float = 120.0,
-        retries: int = 6,
-        temperature: float | None = 0.0,
-        max_output_tokens: int | None = 1024,
+        base_url: Url = "https://api.openai.com/v1",
+        api_key_env: Text | None = "OPENAI_API_KEY",
+        concurrency: Count = 16,
+        timeout: Seconds = 120.0,
+        retries: Whole = 6,
+        temperature: Amount | None = 0.0,
+        max_output_tokens: Count | None = 1024,
         seed: int | None = None,
-        usd_per_million_input: float = 0.0,
-        usd_per_million_output: float = 0.0,
+        usd_per_million_input: Amount = 0.0,
+        usd_per_million_output: Amount = 0.0,
         extra_body: Mapping[str, Any] | None = None,
     ) -> None:
         _at_least(1, concurrency=concurrency, max_output_tokens=max_output_tokens)
         _at_least(0, retries=retries, temperature=temperature, timeout=timeout)
         _at_least(0, usd_per_million_input=usd_per_million_input, usd_per_million_output=usd_per_million_output)
         if not re.fullmatch(r"https?://[^\s@?#]+", base_url):
+            register_address(base_url)
             raise ValueError(
-                f"chat.base_url={re.sub('//.*@', '//***@', base_url)!r} must be an http(s) address like "
+                f"chat.base_url={mask(base_url)!r} must be an http(s) address like "
                 f"http://localhost:8000/v1, without a key or password in it (chat.api_key_env is for that)."
             )
+        refuse_literal("chat.api_key_env", api_key_env)
         self.model, self.concurrency, self.max_output_tokens = model, concurrency, max_output_tokens
         self._base_url, self._key_name = base_url, api_key_env
         self._timeout, self._retries = timeout, retries
@@ -142,7 +145,7 @@ class Chat:
         if isinstance(error, APIStatusError):
             code, text = complaint(error.body)
             server = Server(self._base_url, self.model, self._key_name)
-            return sort_out(error.status_code, code, self._without_key(text), server)
+            return sort_out(error.status_code, mask(code), mask(text), server)
         cause = error.__cause__ or error
         return Unanswered(
             f"no answer from {self._base_url} in {self._retries + 1} attempts of up to {self._timeout:g} s; "
@@ -157,13 +160,13 @@ class Chat:
             used = completion.get("usage") or {}
             usage = self.price(int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0))
         except (ValueError, LookupError, TypeError, AttributeError):
-            text = self._without_key(response.text)
+            text = mask(response.text)
             if "html" in response.headers.get("content-type", ""):
                 return sort_out(404, "", text, Server(self._base_url, self.model, self._key_name))
             return Unanswered(f"what {self._base_url} sent is no chat completion: {text[:300]!r}")
         if refusal or choice.get("finish_reason") == "content_filter":
-            return Answer(storable(str(refusal or text or "content_filter")), usage, refused=True)
-        return Answer(storable(str(text)), usage)
+            return Answer(mask(storable(str(refusal or text or "content_filter"))), usage, refused=True)
+        return Answer(mask(storable(str(text))), usage)
 
     async def _client(self) -> AsyncOpenAI:
         """The running event loop's own: connections do not work in another one."""
@@ -195,18 +198,12 @@ class Chat:
             del self._clients[loop]
             await client.close()
 
-    def _without_key(self, text: str) -> str:
-        """Some servers repeat it in what they complain of."""
-        return text if self._key_name is None else text.replace(self._key(), "***")
-
     def _key(self) -> str:
         if self._key_name is None:
             return "none"  # the client insists on one
-        key = os.environ.get(self._key_name, "").strip()
+        key = read(self._key_name)
         if not key:
             raise missing_key(self._key_name)
-        if not (key.isascii() and key.isprintable()) or " " in key:
-            raise garbled_key(self._key_name)
         return key
 
 

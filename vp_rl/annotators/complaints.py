@@ -100,11 +100,6 @@ def missing_key(key_name: str) -> ValueError:
     )
 
 
-def garbled_key(key_name: str) -> ValueError:
-    """It cannot be sent in a header. It is not shown."""
-    return ValueError(f"What the environment variable {key_name} holds is no API key: it has spaces, or worse.")
-
-
 def _refused_key(said: str, server: Server) -> str:
     if server.key_name is None:
         return f"{server.base_url} wants a key ({said}): name the environment variable that holds it, chat.api_key_env."

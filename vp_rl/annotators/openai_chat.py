@@ -9,7 +9,7 @@ import hashlib
 import io
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 from PIL import Image
 
@@ -22,6 +22,7 @@ from vp_rl.annotators.wording import (
     response_format,
     schema_of,
 )
+from vp_rl.configuration.kinds import Structured, Text, Whole, one_of
 from vp_rl.interfaces import Annotator
 from vp_rl.types import Answer, Aspect, Rating, Usage
 
@@ -54,12 +55,12 @@ class OpenAIChatAnnotator(Annotator):
         self,
         chat: Chat,
         *,
-        structured: str = "json_schema",
-        detail: str = "high",
-        image_address: str | None = None,
-        guidelines: str | None = None,
-        image_base_tokens: int = 85,
-        image_tile_tokens: int = 170,
+        structured: Structured = "json_schema",
+        detail: Annotated[str, one_of("low", "high", "auto")] = "high",
+        image_address: Text | None = None,
+        guidelines: Text | None = None,
+        image_base_tokens: Whole = 85,
+        image_tile_tokens: Whole = 170,
     ) -> None:
         if detail not in ("high", "low", "auto"):
             raise ValueError(f"detail={detail!r} must be high, low or auto.")

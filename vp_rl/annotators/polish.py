@@ -13,6 +13,7 @@ from vp_rl.annotators.wording import (
     response_format,
     schema_of,
 )
+from vp_rl.configuration.kinds import Structured, Text
 from vp_rl.interfaces import Rewriter
 from vp_rl.types import Answer, Usage
 
@@ -59,7 +60,7 @@ class OpenAIChatRewriter(Rewriter):
         ValueError: a setting that makes no sense, or a missing guideline.
     """
 
-    def __init__(self, chat: Chat, *, structured: str = "json_schema", guidelines: str | None = None) -> None:
+    def __init__(self, chat: Chat, *, structured: Structured = "json_schema", guidelines: Text | None = None) -> None:
         guideline = read_guidelines(["polish"], guidelines)["polish"]
         self.name, self.concurrency = chat.model, chat.concurrency
         self.version = f"{_TEMPLATE}-{fingerprint([guideline, _FORM])}"

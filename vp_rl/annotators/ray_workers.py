@@ -4,6 +4,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from vp_rl.configuration.kinds import Amount, Count, Text
 from vp_rl.interfaces import Annotator
 from vp_rl.types import Answer, Aspect, Rating, Usage
 
@@ -28,10 +29,10 @@ class RayAnnotator(Annotator):
     def __init__(
         self,
         annotator: Callable[[], Annotator],
-        workers: int = 2,
-        gpus: float = 0,
-        cpus: float = 1,
-        address: str | None = None,
+        workers: Count = 2,
+        gpus: Amount = 0,
+        cpus: Amount = 1,
+        address: Text | None = None,
     ) -> None:
         if workers < 1:
             raise ValueError(f"annotator.workers={workers} must be at least 1.")

@@ -10,6 +10,7 @@ from PIL import Image
 from PIL.Image import Resampling
 
 from vp_rl.annotators.answers import read_ratings, write_ratings
+from vp_rl.configuration.kinds import Seed, Share
 from vp_rl.interfaces import Annotator
 from vp_rl.scenes.judge import Verdict, judge
 from vp_rl.scenes.render import SIZE
@@ -29,7 +30,7 @@ class SceneAnnotator(Annotator):
     version = "1"
     concurrency = 64  # it never waits itself, but that many answers share the journal's wait for the disk
 
-    def __init__(self, noise: float = 0.0, seed: int = 0) -> None:
+    def __init__(self, noise: Share = 0.0, seed: Seed = 0) -> None:
         self.name = "scene" if noise == 0 else f"scene-noise-{noise}-seed-{seed}"
         if not 0 <= noise <= 1:
             raise ValueError(f"annotator.noise={noise} must be a probability between 0 and 1.")

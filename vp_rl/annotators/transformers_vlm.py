@@ -10,7 +10,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -28,6 +28,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from vp_rl.annotators.answers import read_ratings
 from vp_rl.annotators.wording import rating_instructions, rating_question
+from vp_rl.configuration.kinds import Count, Device, Text, one_of
 from vp_rl.interfaces import Annotator
 from vp_rl.types import Answer, Aspect, Rating, Usage
 
@@ -58,14 +59,14 @@ class TransformersVLMAnnotator(Annotator):
 
     def __init__(
         self,
-        model: str,
+        model: Text,
         *,
-        batch_size: int = 4,
-        max_new_tokens: int = 1024,
-        max_pixels: int = 768 * 768,
-        dtype: str = "auto",
-        device: str = "auto",
-        guidelines: str | None = None,
+        batch_size: Count = 4,
+        max_new_tokens: Count = 1024,
+        max_pixels: Count = 768 * 768,
+        dtype: Annotated[str, one_of("auto", "float32", "bfloat16", "float16")] = "auto",
+        device: Device = "auto",
+        guidelines: Text | None = None,
     ) -> None:
         if min(batch_size, max_new_tokens) < 1 or max_pixels < 32 * 32:
             raise ValueError(

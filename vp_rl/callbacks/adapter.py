@@ -3,10 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning
 import torch
+from annotated_types import Interval
 from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -29,7 +30,7 @@ class RunAdapter(lightning.Callback):
         ValueError: the decay is none.
     """
 
-    def __init__(self, ema: float | None = None) -> None:
+    def __init__(self, ema: Annotated[float, Interval(gt=0, lt=1)] | None = None) -> None:
         if ema is not None and not 0 < ema < 1:
             raise ValueError(f"callbacks.adapter.ema={ema} must be between 0 and 1, such as 0.99; null: no average.")
         self._ema = ema

@@ -25,6 +25,7 @@ from lightning.pytorch.callbacks import Checkpoint, Timer
 from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.algorithms.prompt_training import Resumable
 from vp_rl.callbacks.checkpoint_files import AtomicCheckpointIO, order
+from vp_rl.configuration.kinds import Count, Seconds, Text
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class RunCheckpoints(Checkpoint):
         grace: seconds that a signal leaves for finishing. Held-out evaluations at an epoch's end count.
     """
 
-    def __init__(self, folder: str, every_n_epochs: int = 1, keep: int = 3, grace: float = 60.0) -> None:
+    def __init__(self, folder: Text, every_n_epochs: Count = 1, keep: Count = 3, grace: Seconds = 60.0) -> None:
         if every_n_epochs < 1 or keep < 1:
             raise ValueError(
                 f"callbacks.checkpoint.every_n_epochs={every_n_epochs} and keep={keep} must be at least 1."

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from vp_rl.algorithms.base import PolicyTraining, total_norm
+from vp_rl.configuration.kinds import Count
 from vp_rl.functional import differ
 
 log = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ class Guards(lightning.Callback):
     """
 
     def __init__(
-        self, self_test: bool = True, on_nonfinite: Literal["raise", "skip"] = "raise", patience: int = 5
+        self, self_test: bool = True, on_nonfinite: Literal["raise", "skip"] = "raise", patience: Count = 5
     ) -> None:
         if on_nonfinite not in ("raise", "skip"):
             raise ValueError(f"callbacks.guards.on_nonfinite={on_nonfinite!r} must be raise or skip.")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.callbacks.best import BestAdapter
 from vp_rl.callbacks.trackers import send_images
+from vp_rl.configuration.kinds import Count, Text
 from vp_rl.evaluation.asking import Asked
 from vp_rl.evaluation.conclusion import ALONE, conclude, publish
 from vp_rl.evaluation.grid import grid
@@ -58,12 +59,12 @@ class HeldOutEvaluation(lightning.Callback):
     def __init__(
         self,
         evaluator: Evaluator,
-        every: int,
-        small: int,
+        every: Count,
+        small: Count,
         note: str = "",
-        best: str | None = None,
-        patience: int | None = None,
-        judged: str | None = None,
+        best: Text | None = None,
+        patience: Count | None = None,
+        judged: Text | None = None,
     ) -> None:
         if every < 1 or small < 1:
             raise ValueError(f"callbacks.held_out.every={every} and small={small} must be at least 1.")

@@ -9,6 +9,8 @@ from typing import Any
 
 import lightning
 
+from vp_rl.configuration.kinds import Count, Text
+
 log = logging.getLogger(__name__)
 
 
@@ -26,7 +28,9 @@ class SweepPruning(lightning.Callback):
         least: how many others there must be to compare with.
     """
 
-    def __init__(self, folder: str, metric: str = "held_out/mean_rating", warmup: int = 4, least: int = 3) -> None:
+    def __init__(
+        self, folder: Text, metric: Text = "held_out/mean_rating", warmup: Count = 4, least: Count = 3
+    ) -> None:
         if warmup < 1 or least < 1:
             raise ValueError(f"callbacks.pruning.warmup={warmup} and least={least} must be at least 1.")
         self._folder, self._metric, self._warmup, self._least = Path(folder), metric, warmup, least

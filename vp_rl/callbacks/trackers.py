@@ -2,7 +2,7 @@
 
 import csv
 import secrets
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
+from vp_rl.configuration.kinds import Text
 from vp_rl.evaluation.grid import grid
 from vp_rl.evaluation.images import Evaluation
 from vp_rl.evaluation.settings import publishable
@@ -42,7 +43,7 @@ class MetricsTable(CSVLogger):
 
 
 def wandb_logger(
-    folder: str, project: str, name: str, entity: str | None = None, tags: Iterable[str] = ()
+    folder: Text, project: Text, name: Text | None, entity: Text | None = None, tags: Sequence[str] = ()
 ) -> WandbLogger:
     """A W&B run that says nothing of the machine it runs on, and that goes on when the run is resumed.
 

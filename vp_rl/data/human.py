@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from PIL import Image
 from torch.utils.data import Dataset
 
+from vp_rl.configuration.kinds import Count, Seed, Several, Share, Text, Whole
 from vp_rl.data.preferences import PairLoaders, shifted
 from vp_rl.data.sets.base import HumanSet, Judged
 from vp_rl.data.sets.pack import Pack, packed
@@ -77,14 +78,14 @@ class HumanDataModule(PairLoaders):
         train: Mapping[str, HumanSet],
         test: Mapping[str, HumanSet],
         validation: Mapping[str, HumanSet],
-        validation_share: float = 0.05,
-        size: int = 224,
-        group: int = 16,
-        cache: str = "data/human",
-        batch_size: int = 16,
-        shift: int = 0,
-        num_workers: int = 0,
-        seed: int = 0,
+        validation_share: Share = 0.05,
+        size: Count = 224,
+        group: Several = 16,
+        cache: Text = "data/human",
+        batch_size: Count = 16,
+        shift: Whole = 0,
+        num_workers: Whole = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__(batch_size, shift, num_workers, seed)
         if not train:

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+from vp_rl.configuration.kinds import Count, Part, Seed, Text, Whole
 from vp_rl.types import ASPECTS, Aspect, Images, PreferenceBatch, Split
 from vp_rl.visionprefer import schema
 from vp_rl.visionprefer.build import Builder
@@ -140,14 +141,14 @@ class PreferenceDataModule(PairLoaders):
 
     def __init__(
         self,
-        folder: str,
-        batch_size: int = 16,
-        aspects: str = "pooled",
-        share: float = 1.0,
+        folder: Text,
+        batch_size: Count = 16,
+        aspects: Text = "pooled",
+        share: Part = 1.0,
         builder: Builder | None = None,
-        shift: int = 0,
-        num_workers: int = 0,
-        seed: int = 0,
+        shift: Whole = 0,
+        num_workers: Whole = 0,
+        seed: Seed = 0,
     ) -> None:
         super().__init__(batch_size, shift, num_workers, seed)
         aspects_of(aspects)

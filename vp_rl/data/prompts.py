@@ -9,6 +9,7 @@ import lightning
 import torch
 from torch import Tensor
 
+from vp_rl.configuration.kinds import Count, Seed, Text
 from vp_rl.data.preferences import best_images
 from vp_rl.functional import seed_of
 from vp_rl.interfaces import PromptSource
@@ -43,12 +44,12 @@ class PromptDataModule(lightning.LightningDataModule):
     def __init__(
         self,
         prompts: PromptSource,
-        batch_size: int = 8,
-        devices_per_prompt: int = 1,
-        batches_per_epoch: int = 1,
-        images: str | None = None,
-        images_per_batch: int = 16,
-        seed: int = 0,
+        batch_size: Count = 8,
+        devices_per_prompt: Count = 1,
+        batches_per_epoch: Count = 1,
+        images: Text | None = None,
+        images_per_batch: Count = 16,
+        seed: Seed = 0,
     ) -> None:
         super().__init__()
         for name, value in (

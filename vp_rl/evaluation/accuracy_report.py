@@ -13,6 +13,7 @@ from vp_rl.evaluation.calibration import as_png, as_svg
 from vp_rl.evaluation.human_accuracy import Result
 from vp_rl.evaluation.published import Column, published
 from vp_rl.evaluation.settings import public
+from vp_rl.secrets import mask
 from vp_rl.visionprefer.markdown import Markdown, escape, table
 
 _PAGES = jinja2.Environment(
@@ -84,12 +85,12 @@ def write(results: Sequence[Result], folder: Path, command: str) -> Path:
         as_png({result.reward: result.calibration for result in own}, folder / pictures[title])
     numbers = json.dumps([_plain(result, by_set[result.title][0].reward, ahead) for result in results], indent=2)
     _write_by_prompt(results, folder / "by_prompt.csv")
-    (folder / "accuracy.json").write_text(numbers + "\n", encoding="utf-8")
-    (folder / "accuracy.md").write_text(_markdown(columns, overview, sections, pictures), encoding="utf-8")
+    (folder / "accuracy.json").write_text(mask(numbers) + "\n", encoding="utf-8")
+    (folder / "accuracy.md").write_text(mask(_markdown(columns, overview, sections, pictures)), "utf-8")
     page = _PAGES.get_template("accuracy.html").render(
         columns=columns, overview=overview, sections=sections, command=public(command)
     )
-    (folder / "accuracy.html").write_text(page, encoding="utf-8")
+    (folder / "accuracy.html").write_text(mask(page), encoding="utf-8")
     return folder / "accuracy.html"
 
 

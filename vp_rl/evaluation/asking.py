@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from vp_rl.evaluation.store import Store, key_of, same_pixels
 from vp_rl.interfaces import Annotator, wait
+from vp_rl.secrets import masked
 from vp_rl.types import ASPECTS, Answer, Aspect, Rating, Usage
 from vp_rl.visionprefer.annotate import rate_all
 from vp_rl.visionprefer.generate import as_png
@@ -78,7 +79,7 @@ def rate(
             def keep(place: int, ratings: dict[Aspect, list[Rating]], some: list[int] = some) -> None:
                 by_image = [list(each) for each in zip(*(ratings[aspect] for aspect in ASPECTS), strict=True)]
                 found[keys[some[place]]] = by_image
-                store.put([(keys[some[place]], json.dumps(by_image).encode())])
+                store.put([(keys[some[place]], json.dumps(masked(by_image)).encode())])
                 bar.update()
 
             pictures = ([as_png(image) for image in shown[place]] for place in some)

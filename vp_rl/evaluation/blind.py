@@ -25,6 +25,7 @@ from vp_rl.evaluation.compare import BASE, Rival
 from vp_rl.evaluation.images import Evaluation
 from vp_rl.evaluation.report import PAGES, embed
 from vp_rl.evaluation.store import same_pixels
+from vp_rl.secrets import mask
 from vp_rl.visionprefer.votes import OVERALL
 
 GUIDELINE = """\
@@ -119,7 +120,7 @@ def write_page(
     )
     folder.mkdir(parents=True, exist_ok=True)
     (folder / KEY).write_text(json.dumps(asdict(key), indent=1) + "\n", encoding="utf-8")
-    page.write_text(rendered, encoding="utf-8")
+    page.write_text(mask(rendered), encoding="utf-8")
     return page
 
 

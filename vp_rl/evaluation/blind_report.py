@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from vp_rl.evaluation.blind_answers import Outcome, Results, Voter
 from vp_rl.evaluation.report import PAGES
+from vp_rl.secrets import mask
 from vp_rl.visionprefer.agreement import Accord
 from vp_rl.visionprefer.estimates import Estimate
 from vp_rl.visionprefer.markdown import Markdown, table
@@ -36,7 +37,7 @@ def write(results: Results, folder: Path, command: str) -> Path:
         command: what made them, fit to be passed on.
     """
     numbers = json.dumps(_plain(results), indent=1, allow_nan=False)
-    (folder / "results.json").write_text(numbers + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(mask(numbers) + "\n", encoding="utf-8")
     answers = sum(voter.answered for voter in results.voters.values())
     mood, headline, sentence = _verdict(results)
     page = PAGES.get_template("blind_results.html").render(
@@ -54,7 +55,7 @@ def write(results: Results, folder: Path, command: str) -> Path:
         share=_share,
         command=command,
     )
-    (folder / "results.html").write_text(page, encoding="utf-8")
+    (folder / "results.html").write_text(mask(page), encoding="utf-8")
     return folder / "results.html"
 
 

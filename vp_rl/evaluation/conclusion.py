@@ -15,6 +15,7 @@ from vp_rl.evaluation.duel import Duel
 from vp_rl.evaluation.images import Evaluation, Evaluator
 from vp_rl.evaluation.report import write_report
 from vp_rl.evaluation.signs import Moment, Sign, signs, summary
+from vp_rl.secrets import mask
 
 ALONE, PAIRS = "images by themselves", "both of a pair"
 """Ways in which the judge is asked."""
@@ -116,7 +117,7 @@ def publish(
         What is in `summary.json`.
     """
     written = {**done.as_dict(), **more}
-    (folder / "summary.json").write_text(json.dumps(written, indent=2) + "\n")
+    (folder / "summary.json").write_text(mask(json.dumps(written, indent=2)) + "\n")
     _write_scores(folder / "scores.csv", {done.rival.short: done.base, "tuned": done.tuned})
     print(f"\nHeld-out prompts, {done.rival.name} against trained, same seeds\n{as_markdown(done.changes, done.rival)}")
     for name, duel in done.pairs.items():

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForZeroShotObjectDetection, AutoTokenizer
 
+from vp_rl.configuration.kinds import Dtype, Share, Text, Texts
 from vp_rl.evaluation.geneval import Detector, Found, Limits, Picture
 from vp_rl.scenes.grammar import COLORS, SHAPES
 from vp_rl.scenes.judge import look
@@ -46,7 +47,7 @@ class SceneDetector(Detector):
         threshold: in either task. 0: all that the judge sees counts. The lowest of 700 drawn objects is 0.61.
     """
 
-    def __init__(self, threshold: float = 0.0) -> None:
+    def __init__(self, threshold: Share = 0.0) -> None:
         super().__init__()
         self.limits = Limits(threshold, threshold)
 
@@ -98,16 +99,16 @@ class ZeroShotDetector(Detector):
 
     def __init__(
         self,
-        model: str,
+        model: Text,
         clip: Embedder,
         *,
-        threshold: float = 0.2,
-        counting_threshold: float = 0.3,
-        max_overlap: float = 0.5,
-        palette: Sequence[str] = COLOURS,
-        query: str = "a photo of a {name}",
-        revision: str | None = None,
-        dtype: str = "float32",
+        threshold: Share = 0.2,
+        counting_threshold: Share = 0.3,
+        max_overlap: Share = 0.5,
+        palette: Texts = COLOURS,
+        query: Text = "a photo of a {name}",
+        revision: Text | None = None,
+        dtype: Dtype = "float32",
     ) -> None:
         super().__init__()
         if dtype not in ("float32", "float16", "bfloat16"):

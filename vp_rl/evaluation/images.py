@@ -1,6 +1,6 @@
 """Images for held-out prompts with fixed seeds, scored by the reward and rated by the held-out judge."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import NamedTuple, get_args
@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
 
+from vp_rl.configuration.kinds import Count, Seeds
 from vp_rl.evaluation import looks
 from vp_rl.evaluation.asking import Asked, rate
 from vp_rl.evaluation.store import (
@@ -153,9 +154,9 @@ class Evaluator:
         annotator: Annotator,
         sampler: Sampler,
         split: Split = "test",
-        limit: int | None = 128,
-        seeds: Iterable[int] = (0,),
-        batch_size: int = 64,
+        limit: Count | None = 128,
+        seeds: Seeds = (0,),
+        batch_size: Count = 64,
         watch: Split = "validation",
         panel: Mapping[str, Reward] | None = None,
     ) -> None:

@@ -15,6 +15,7 @@ from vp_rl.evaluation.geneval import Found
 from vp_rl.evaluation.objects import OVERALL, Checked, Score
 from vp_rl.evaluation.report import PAGES, Row, embed, row
 from vp_rl.evaluation.settings import public
+from vp_rl.secrets import mask
 from vp_rl.visionprefer.markdown import Markdown, escape, table
 
 _CARDS = 12  # images of each kind in the page
@@ -47,10 +48,10 @@ def write(
     rows = _rows(scores)
     numbers = {name: asdict(score.change) | {"prompts": score.prompts} for name, score in scores.items()}
     told = {"scores": numbers, "images": len(tuned.prompts), "about": list(about)}
-    (folder / "objects.json").write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    (folder / "objects.json").write_text(mask(json.dumps(told, indent=2)) + "\n", encoding="utf-8")
     (folder / "objects.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in _lines(base, tuned)), "utf-8")
     parts = ["# Objects that were asked for", *map(escape, about), as_markdown(scores)]
-    (folder / "objects.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / "objects.md").write_text(mask("\n\n".join(parts)) + "\n", encoding="utf-8")
     page = PAGES.get_template("objects.html").render(
         title=folder.resolve().parent.name,
         prompts=len(set(base.prompts)),
@@ -61,7 +62,7 @@ def write(
         galleries=_galleries(base, tuned),
         command=public(command),
     )
-    (folder / "objects.html").write_text(page, encoding="utf-8")
+    (folder / "objects.html").write_text(mask(page), encoding="utf-8")
     return folder / "objects.html"
 
 

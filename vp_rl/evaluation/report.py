@@ -26,6 +26,7 @@ from vp_rl.evaluation.signs import Sign
 from vp_rl.evaluation.verdict import LOOK, PANEL, direction, interval, label, number, verdicts
 from vp_rl.sampler import Sampler
 from vp_rl.scenes import tiny
+from vp_rl.secrets import mask
 from vp_rl.types import ASPECTS
 
 _ALL = "all prompts"
@@ -117,7 +118,7 @@ def write_report(
         phases=phases(values),
         **_circumstances(seconds),
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    (folder / "report.html").write_text(mask(page), encoding="utf-8")
     return folder / "report.html"
 
 

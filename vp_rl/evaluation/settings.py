@@ -1,6 +1,5 @@
 """What a page says of the run behind it: command and configuration, without what must not be given away."""
 
-import os
 import re
 import shlex
 from collections.abc import Sequence
@@ -9,10 +8,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from vp_rl.secrets import mask
+
 _SECRET = r"(?:(?:api|access|secret|private)_?key|token|secret|password|passwd|credentials?)"
 _SECRET_NAME = re.compile(rf"(?i){_SECRET}$")
 _SECRET_GIVEN = re.compile(rf"(?i)([\w.]*{_SECRET}['\"]?\s*[:=][ \t]*)[^\s#]+")
-_KEY = re.compile(r"\b(?:sk|hf|ghp|gho|github_pat|xox[abp]|AKIA|AIza)[-_]?[\w-]{12,}")  # as providers write them
 _HOST_NAME = re.compile(r"(?i)(?:^|_)(?:host|hostname|address|addresses|endpoint|server)s?$")
 _HOST = re.compile(r"://[^\s/'\"]+")
 _FOLDERS = re.compile(r"(?<![\w:/.)}~…])~?/(?:[^\s/'\",\[\]]+/)*(?=[^\s/'\"])")
@@ -57,10 +57,7 @@ def override(entry: str) -> str:
 
 def public(text: str) -> str:
     """Without what a page must not give away: credentials, hosts, and the folders above a file."""
-    text = _KEY.sub(_HIDDEN, _SECRET_GIVEN.sub(rf"\1{_HIDDEN}", text))
-    for name, value in os.environ.items():
-        if len(value) >= 8 and re.search(r"(?i)key|token|secret|password", name):
-            text = text.replace(value, _HIDDEN)
+    text = mask(_SECRET_GIVEN.sub(rf"\1{_HIDDEN}", text))
     return _FOLDERS.sub("…/", _DRIVE.sub("…/", _HOST.sub("://(host)", text)))
 
 

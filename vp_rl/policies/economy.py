@@ -1,10 +1,13 @@
 """What a policy's memory and time are saved by, whatever its family."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from diffusers import AutoencoderKL, ModelMixin, UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
+
+from vp_rl.configuration.kinds import Count, Text, one_of
 
 _CHOICES = {
     "text_encoders": ("device", "visit", "cpu"),
@@ -29,10 +32,10 @@ class Economy:
             2.13 then gives wrong gradients (docs/log.md).
     """
 
-    text_encoders: str = "device"
-    text_cache: str | None = None
-    quantize: str | None = None
-    vae_batch: int | None = None
+    text_encoders: Annotated[str, one_of("device", "visit", "cpu")] = "device"
+    text_cache: Text | None = None
+    quantize: Annotated[str, one_of("8bit", "4bit")] | None = None
+    vae_batch: Count | None = None
     vae_tiling: bool = False
     channels_last: bool = False
     compile: bool = False

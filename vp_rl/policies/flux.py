@@ -7,6 +7,7 @@ from jaxtyping import Float
 from peft import LoraConfig
 from torch import Tensor
 
+from vp_rl.configuration.kinds import Count, Dtype, Text
 from vp_rl.policies.adapted import AdaptedPolicy, Tokens
 from vp_rl.policies.economy import DEFAULT, Economy
 from vp_rl.policies.guidance import Distilled
@@ -35,16 +36,16 @@ class Flux(AdaptedPolicy):
 
     def __init__(
         self,
-        path: str,
+        path: Text,
         lora: LoraConfig | None,
         *,
-        dtype: str = "float32",
-        t5_tokens: int = 512,
-        resolution: int = 1024,
+        dtype: Dtype = "float32",
+        t5_tokens: Count = 512,
+        resolution: Count = 1024,
         gradient_checkpointing: bool = False,
         economy: Economy = DEFAULT,
-        revision: str | None = None,
-        variant: str | None = None,
+        revision: Text | None = None,
+        variant: Text | None = None,
     ) -> None:
         source = Source(path, dtype, revision, variant, economy.quantize)
         pipeline = load_pipeline(source, FluxPipeline, "FLUX.1 dev and schnell")

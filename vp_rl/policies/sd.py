@@ -4,6 +4,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 from torch import Tensor
 
+from vp_rl.configuration.kinds import Count, Dtype, Text
 from vp_rl.policies.adapted import AdaptedPolicy, Tokens
 from vp_rl.policies.economy import DEFAULT, Economy
 from vp_rl.policies.guidance import Guidance
@@ -31,16 +32,16 @@ class StableDiffusion(AdaptedPolicy):
 
     def __init__(
         self,
-        path: str,
+        path: Text,
         lora: LoraConfig | None,
         *,
-        dtype: str = "float32",
-        resolution: int | None = None,
+        dtype: Dtype = "float32",
+        resolution: Count | None = None,
         negative_prompt: str = "",
         gradient_checkpointing: bool = False,
         economy: Economy = DEFAULT,
-        revision: str | None = None,
-        variant: str | None = None,
+        revision: Text | None = None,
+        variant: Text | None = None,
     ) -> None:
         source, models = Source(path, dtype, revision, variant, economy.quantize), "Stable Diffusion 1.x and 2.x"
         pipeline = load_pipeline(source, StableDiffusionPipeline, models, _UNCHECKED)

@@ -6,6 +6,7 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.nn import functional as F
 
+from vp_rl.configuration.kinds import Count, Dtype, Text
 from vp_rl.policies.adapted import AdaptedPolicy, Tokens
 from vp_rl.policies.economy import DEFAULT, Economy
 from vp_rl.policies.guidance import Guidance
@@ -36,18 +37,18 @@ class StableDiffusion3(AdaptedPolicy):
 
     def __init__(
         self,
-        path: str,
+        path: Text,
         lora: LoraConfig | None,
         *,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         t5: bool = True,
-        t5_tokens: int = 256,
-        resolution: int | None = None,
+        t5_tokens: Count = 256,
+        resolution: Count | None = None,
         negative_prompt: str = "",
         gradient_checkpointing: bool = False,
         economy: Economy = DEFAULT,
-        revision: str | None = None,
-        variant: str | None = None,
+        revision: Text | None = None,
+        variant: Text | None = None,
     ) -> None:
         source = Source(path, dtype, revision, variant, economy.quantize)
         without = {} if t5 else dict.fromkeys(_T5)

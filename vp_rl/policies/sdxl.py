@@ -7,6 +7,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline
 from peft import LoraConfig
 from torch import Tensor
 
+from vp_rl.configuration.kinds import Count, Dtype, Text
 from vp_rl.policies.adapted import AdaptedPolicy, Tokens
 from vp_rl.policies.economy import DEFAULT, Economy
 from vp_rl.policies.guidance import Guidance
@@ -39,17 +40,17 @@ class StableDiffusionXL(AdaptedPolicy):
 
     def __init__(
         self,
-        path: str,
+        path: Text,
         lora: LoraConfig | None,
         *,
-        dtype: str = "float32",
-        vae: str | None = None,
-        resolution: int | None = None,
+        dtype: Dtype = "float32",
+        vae: Text | None = None,
+        resolution: Count | None = None,
         negative_prompt: str | None = None,
         gradient_checkpointing: bool = False,
         economy: Economy = DEFAULT,
-        revision: str | None = None,
-        variant: str | None = None,
+        revision: Text | None = None,
+        variant: Text | None = None,
     ) -> None:
         source = Source(path, dtype, revision, variant, economy.quantize)
         components: dict[str, Any] = {"add_watermarker": False}

@@ -6,6 +6,7 @@ christophschuhmann/improved-aesthetic-predictor. Its layers have no activations 
 
 from torch import Tensor
 
+from vp_rl.configuration.kinds import Dtype, Text
 from vp_rl.interfaces import Reward
 from vp_rl.rewards import checkpoints
 from vp_rl.rewards.clip_towers import Towers, read_colours
@@ -36,12 +37,12 @@ class AestheticReward(Reward):
     @classmethod
     def load(
         cls,
-        head: str,
+        head: Text,
         *,
-        file: str = "sac+logos+ava1-l14-linearMSE.pth",
-        revision: str | None = None,
-        clip: str = "openai/clip-vit-large-patch14",
-        dtype: str = "float32",
+        file: Text = "sac+logos+ava1-l14-linearMSE.pth",
+        revision: Text | None = None,
+        clip: Text = "openai/clip-vit-large-patch14",
+        dtype: Dtype = "float32",
     ) -> "AestheticReward":
         """Reads the head and the CLIP model that it was trained on.
 

@@ -4,13 +4,15 @@ import asyncio
 import io
 import math
 from collections.abc import Mapping
-from typing import get_args
+from typing import Annotated, get_args
 
 import numpy as np
 import torch
+from annotated_types import Interval
 from einops import rearrange
 from PIL import Image
 
+from vp_rl.configuration.kinds import Count
 from vp_rl.interfaces import Annotator, Reward, Unanswered, wait
 from vp_rl.types import ASPECTS, Aspect, Images, Scores
 
@@ -42,8 +44,8 @@ class AnnotatedReward(Reward):
         self,
         annotator: Annotator,
         weights: Mapping[str, float] | None = None,
-        concurrency: int | None = None,
-        unrated: float | None = None,
+        concurrency: Count | None = None,
+        unrated: Annotated[float, Interval(ge=1, le=5)] | None = None,
     ) -> None:
         super().__init__()
         annotator.check()

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from vp_rl.configuration.kinds import Dtype, Fit, Positive, Text
 from vp_rl.interfaces import Reward
 from vp_rl.rewards import checkpoints, clip_names
 from vp_rl.rewards.clip_towers import Towers, read_architecture, read_colours, read_tokenizer
@@ -56,13 +57,13 @@ class CLIPReward(Reward):
     @classmethod
     def load(
         cls,
-        model: str,
+        model: Text,
         *,
-        revision: str | None = None,
-        processor: str | None = None,
-        scale: float | None = 1.0,
-        fit: str = "crop",
-        dtype: str = "float32",
+        revision: Text | None = None,
+        processor: Text | None = None,
+        scale: Positive | None = 1.0,
+        fit: Fit = "crop",
+        dtype: Dtype = "float32",
     ) -> "CLIPReward":
         """Reads a CLIP model as transformers stores it.
 
@@ -86,14 +87,14 @@ class CLIPReward(Reward):
     @classmethod
     def from_open_clip(
         cls,
-        init: str,
+        init: Text,
         *,
-        file: str = "open_clip_pytorch_model.bin",
-        revision: str | None = None,
-        architecture: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
-        scale: float | None = 1.0,
-        fit: str = "crop",
-        dtype: str = "float32",
+        file: Text = "open_clip_pytorch_model.bin",
+        revision: Text | None = None,
+        architecture: Text = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        scale: Positive | None = 1.0,
+        fit: Fit = "crop",
+        dtype: Dtype = "float32",
     ) -> "CLIPReward":
         """Reads a checkpoint in open_clip's names, such as HPS v2.1.
 

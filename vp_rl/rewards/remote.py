@@ -7,7 +7,6 @@ A request is one safetensors file with `images` (floats as they are: a local rew
 import asyncio
 import json
 import logging
-import os
 import re
 import time
 
@@ -18,7 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from vp_rl.configuration.kinds import Amount, Count, Seconds, Url
 from vp_rl.interfaces import Reward, wait
+from vp_rl.secrets import mask, read, register_address
 from vp_rl.types import Images, Scores
 
 log = logging.getLogger(__name__)
@@ -82,12 +83,19 @@ class RemoteReward(Reward):
     elsewhere = True
 
     def __init__(
-        self, url: str, *, batch_size: int = 16, concurrency: int = 2, timeout: float = 120.0, patience: float = 600.0
+        self,
+        url: Url,
+        *,
+        batch_size: Count = 16,
+        concurrency: Count = 2,
+        timeout: Seconds = 120.0,
+        patience: Amount = 600.0,
     ) -> None:
         super().__init__()
         if not re.fullmatch(r"https?://[^\s@?#/]+(/[^\s@?#]*)?", url):
+            register_address(url)
             raise ValueError(
-                f"reward.url={re.sub('//.*@', '//***@', url)!r} must be an http(s) address like http://localhost:8000, "
+                f"reward.url={mask(url)!r} must be an http(s) address like http://localhost:8000, "
                 f"without a password in it (the environment variable {TOKEN} is for that)."
             )
         for name, value in {"batch_size": batch_size, "concurrency": concurrency}.items():
@@ -111,7 +119,7 @@ class RemoteReward(Reward):
         return wait(self._ask_all(images, prompts)).to(images.device)
 
     async def _ask_all(self, images: Images, prompts: list[str]) -> Scores:
-        gate, size, token = asyncio.Semaphore(self._concurrency), self._batch_size, os.environ.get(TOKEN, "").strip()
+        gate, size, token = asyncio.Semaphore(self._concurrency), self._batch_size, read(TOKEN)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         local = httpx2.URL(self._url).host in _LOOPBACK  # a proxy in the environment is for other machines
         deadlines = httpx2.Timeout(None, connect=_CONNECT_SECONDS)
@@ -122,7 +130,7 @@ class RemoteReward(Reward):
                 async with gate:
                     some = prompts[start : start + size]
                     response = await self._post(client, encode(images[start : start + size], some))
-                    return self._read(response, some, token)
+                    return self._read(response, some)
 
             try:
                 async with asyncio.TaskGroup() as group:
@@ -146,7 +154,7 @@ class RemoteReward(Reward):
             except TimeoutError:
                 problem = f"no answer within reward.timeout={self._timeout:g} s"
             except httpx2.RequestError as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem = mask(f"{type(error).__name__}: {error}")
             left = self._patience - (time.monotonic() - started)
             if left <= 0:
                 raise ConnectionError(
@@ -161,14 +169,15 @@ class RemoteReward(Reward):
             await asyncio.sleep(min(left, max(wait, asked)))
             wait = min(2 * wait, _WAITS[1])
 
-    def _read(self, response: httpx2.Response, prompts: list[str], token: str) -> Scores:
+    def _read(self, response: httpx2.Response, prompts: list[str]) -> Scores:
         if response.status_code != 200:
-            raise ValueError(self._refusal(response, token))
+            raise ValueError(self._refusal(response))
         try:
             scores = load(response.content)["scores"]
         except (SafetensorError, KeyError) as error:
+            sent = mask(repr(response.content))[:80]
             raise ValueError(
-                f"What {self._url} sent are no scores, but {response.content[:80]!r}. Is reward.url the address of "
+                f"What {self._url} sent are no scores, but {sent}. Is reward.url the address of "
                 "scripts/serve_reward.py?"
             ) from error
         if scores.dtype != torch.float32 or scores.shape != (len(prompts),):
@@ -182,7 +191,7 @@ class RemoteReward(Reward):
                 f"The reward at {self._url} gave {scores[row].item()} for the image of {prompts[row]!r} "
                 f"({int(bad.sum())} of {len(scores)} scores are not finite). Look at that image, and at its precision."
             )
-        served = response.headers.get(SERVED, "")
+        served = mask(response.headers.get(SERVED, ""))
         if self._served not in (None, served):
             raise ValueError(
                 f"The server at {self._url} is now of the reward {served!r}, and was of {self._served!r} when this run "
@@ -191,9 +200,9 @@ class RemoteReward(Reward):
         self._served = served
         return scores
 
-    def _refusal(self, response: httpx2.Response, token: str) -> str:
-        text = response.text.replace(token, "***") if token else response.text
-        said = f"The reward at {self._url} answered HTTP {response.status_code}: {text[:500].strip()!r}. "
+    def _refusal(self, response: httpx2.Response) -> str:
+        text = mask(response.text)[:500].strip()
+        said = f"The reward at {self._url} answered HTTP {response.status_code}: {text!r}. "
         ways_out = {
             401: f"Set the environment variable {TOKEN} to the same secret here and there.",
             413: "Lower reward.batch_size, or raise the server's max_body_mb.",

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from transformers import BertTokenizer, BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from vp_rl.configuration.kinds import Dtype, Positive, Real, Text
 from vp_rl.interfaces import TrainableReward
 from vp_rl.rewards import blip_names, blip_sizes, checkpoints
 from vp_rl.rewards.blip_attention import fuse
@@ -88,10 +89,10 @@ class VPScore(TrainableReward):
     @classmethod
     def load(
         cls,
-        checkpoint: str,
+        checkpoint: Text,
         by_aspect: bool | None = None,
         weights: Mapping[str, float] | None = None,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
     ) -> "VPScore":
         """Reads a folder that `save` wrote, or the embedded `tiny-vp-score` or `tiny-blip`: frozen.
@@ -147,17 +148,17 @@ class VPScore(TrainableReward):
     @classmethod
     def from_blip(
         cls,
-        init: str,
+        init: Text,
         *,
-        file: str = "model.safetensors",
-        revision: str | None = None,
-        tokenizer: str = "bert-base-uncased",
+        file: Text = "model.safetensors",
+        revision: Text | None = None,
+        tokenizer: Text = "bert-base-uncased",
         vision: BlipVisionConfig | None = None,
         text: BlipTextConfig | None = None,
-        mean: float = 0.0,
-        std: float = 1.0,
+        mean: Real = 0.0,
+        std: Positive = 1.0,
         by_aspect: bool = False,
-        dtype: str = "float32",
+        dtype: Dtype = "float32",
         gradient_checkpointing: bool = False,
     ) -> "VPScore":
         """Reads a checkpoint of BLIP (Salesforce's or transformers') or of ImageReward: frozen.

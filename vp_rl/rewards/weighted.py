@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import distributed, nn
 
+from vp_rl.configuration.kinds import Several
 from vp_rl.interfaces import Reward
 from vp_rl.types import Images, Scores
 
@@ -73,7 +74,7 @@ class WeightedReward(Reward):
         self,
         rewards: Mapping[str, Reward],
         weights: Mapping[str, float],
-        warmup: int = 64,
+        warmup: Several = 64,
         statistics: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         super().__init__()

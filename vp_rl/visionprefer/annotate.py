@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from tqdm import tqdm
 
+from vp_rl.configuration.kinds import Part
 from vp_rl.interfaces import Annotator
 from vp_rl.types import ASPECTS, Answer, Aspect, Rating, Usage
 from vp_rl.visionprefer.ask import Question
@@ -44,7 +45,7 @@ class SecondOpinions:
     """
 
     annotator: Annotator | None = None
-    share: float = 0.05
+    share: Part = 0.05
     backwards: bool = False
 
     def __post_init__(self) -> None:

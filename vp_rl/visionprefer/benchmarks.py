@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from vp_rl.configuration.kinds import Count, Seed, Text
 from vp_rl.interfaces import PromptSource
 from vp_rl.types import Split
 from vp_rl.visionprefer.raw import Columns, RawPrompt, read_file, sample
@@ -27,11 +28,11 @@ class BenchmarkPrompts(PromptSource):
 
     def __init__(
         self,
-        path: str,
-        column: str = "prompt",
-        category_column: str = "category",
-        limit: int | None = None,
-        seed: int = 0,
+        path: Text,
+        column: Text = "prompt",
+        category_column: Text = "category",
+        limit: Count | None = None,
+        seed: Seed = 0,
     ) -> None:
         if Path(path).is_dir():
             read = {_ENDING.sub("", file.stem): read_file(str(file), Columns()) for file in _texts(Path(path))}

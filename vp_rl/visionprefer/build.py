@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple, get_args
 import numpy as np
 from filelock import FileLock, Timeout
 
+from vp_rl.configuration.kinds import Amount, Amounts, Count, Counts, Seed, Several, Stars, Whole
 from vp_rl.interfaces import Annotator, Policy, PromptSource, Rewriter
 from vp_rl.types import Dropped, GivenImage, Usage
 from vp_rl.visionprefer import annotate, polish, schema
@@ -48,7 +49,7 @@ class Screen:
     """
 
     annotator: Annotator | None = None
-    at_least: int = 3
+    at_least: Stars = 3
 
 
 class Estimate(NamedTuple):
@@ -93,16 +94,16 @@ class Builder:
         rewriter: Rewriter | None = None,
         second_opinions: SecondOpinions | None = None,
         screen: Screen | None = None,
-        images_per_prompt: int = 4,
-        images_per_call: int = 0,
-        guidance_scales: Sequence[float] = (1.0, 2.0, 4.0, 7.0),
-        steps: Sequence[int] = (8, 12, 20),
-        batch_size: int = 64,
+        images_per_prompt: Several = 4,
+        images_per_call: Whole = 0,
+        guidance_scales: Amounts = (1.0, 2.0, 4.0, 7.0),
+        steps: Counts = (8, 12, 20),
+        batch_size: Count = 64,
         engine: Engine | None = None,
-        budget_usd: float | None = None,
-        attempts: int = 3,
+        budget_usd: Amount | None = None,
+        attempts: Count = 3,
         about: Mapping[str, str] | None = None,
-        seed: int = 0,
+        seed: Seed = 0,
     ) -> None:
         if images_per_prompt < 2:
             raise ValueError(

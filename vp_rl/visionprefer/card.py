@@ -12,6 +12,7 @@ import pyarrow.parquet as parquet
 import yaml
 from huggingface_hub import DatasetCardData
 
+from vp_rl.secrets import mask
 from vp_rl.visionprefer import agreement, plots, tables
 from vp_rl.visionprefer.journal import Spent
 from vp_rl.visionprefer.markdown import Markdown, code, escape, fenced
@@ -107,7 +108,7 @@ def write_card(
         spent=spent,
     )
     head = _head(about, splits).to_yaml()
-    (folder / "README.md").write_text(f"---\n{head}\n---\n\n{text}", encoding="utf-8")
+    (folder / "README.md").write_text(mask(f"---\n{head}\n---\n\n{text}"), encoding="utf-8")
     return folder / "README.md"
 
 

@@ -14,6 +14,7 @@ from datasketch import MinHash, MinHashLSH
 from jaxtyping import Float
 from tqdm import tqdm
 
+from vp_rl.configuration.kinds import Count, Part, Share, Text, Whole
 from vp_rl.types import Dropped
 from vp_rl.visionprefer.diversity import farthest_first
 from vp_rl.visionprefer.markdown import escape
@@ -58,13 +59,13 @@ class Cleaner:
     def __init__(
         self,
         *,
-        max_nsfw: float | None = 0.4,
-        unsafe_words: str | None = None,
-        min_words: int = 1,
-        max_words: int = 75,
-        max_characters: int = 1000,
-        near_duplicates: float | None = 0.9,
-        diverse: int | None = None,
+        max_nsfw: Share | None = 0.4,
+        unsafe_words: Text | None = None,
+        min_words: Whole = 1,
+        max_words: Count = 75,
+        max_characters: Count = 1000,
+        near_duplicates: Part | None = 0.9,
+        diverse: Count | None = None,
         embedder: Embedder | None = None,
     ) -> None:
         if not 1 <= min_words <= max_words or max_characters < 1:

@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+from vp_rl.configuration.kinds import Amount, Count, Text
+
 T = TypeVar("T")
 R = TypeVar("R")
 
@@ -45,7 +47,7 @@ class RayEngine(Engine):
         ImportError: Ray is not installed.
     """
 
-    def __init__(self, workers: int = 2, gpus: float = 0, cpus: float = 1, address: str | None = None) -> None:
+    def __init__(self, workers: Count = 2, gpus: Amount = 0, cpus: Amount = 1, address: Text | None = None) -> None:
         if workers < 1:
             raise ValueError(f"engine.workers={workers} must be at least 1.")
         try:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from vp_rl.configuration.kinds import Seed, Text, Whole
 from vp_rl.interfaces import PromptSource
 from vp_rl.types import Dropped, GivenImage, Split
 from vp_rl.visionprefer.prompts import split_prompts
@@ -32,12 +33,12 @@ class ImageFolder(PromptSource):
 
     def __init__(
         self,
-        folder: str,
-        sidecar: str = "metadata.jsonl",
+        folder: Text,
+        sidecar: Text = "metadata.jsonl",
         *,
-        validation: int = 64,
-        test: int = 128,
-        seed: int | None = None,
+        validation: Whole = 64,
+        test: Whole = 128,
+        seed: Seed | None = None,
     ) -> None:
         self.folder, place = Path(folder), Path(folder) / sidecar
         if not place.is_file():

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from vp_rl.secrets import mask
 from vp_rl.types import Usage
 
 Outcome = Literal["accepted", "unreadable", "refused", "unanswered"]
@@ -190,7 +191,9 @@ class Journal:
 
     def _commit(self, entries: list[Entry]) -> None:
         now = time.time()
-        rows = [(*entry[:8], *entry.usage, entry.seconds, now) for entry in entries]
+        rows = [
+            (entry.key, *(mask(text) for text in entry[1:8]), *entry.usage, entry.seconds, now) for entry in entries
+        ]
         with self._database:
             self._database.executemany(
                 "INSERT INTO answers (key, stage, subject, respondent, version, outcome, text, reason, input_tokens, "

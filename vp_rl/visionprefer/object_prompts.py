@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from vp_rl.configuration.kinds import Count, Seed, Text
 from vp_rl.interfaces import PromptSource
 from vp_rl.scenes.grammar import Scene, parse, unique_scenes
 from vp_rl.types import Split
@@ -83,11 +84,11 @@ class GenEvalPrompts(ObjectPrompts):
 
     def __init__(
         self,
-        path: str,
-        column: str = "prompt",
-        category_column: str = "tag",
-        limit: int | None = None,
-        seed: int = 0,
+        path: Text,
+        column: Text = "prompt",
+        category_column: Text = "tag",
+        limit: Count | None = None,
+        seed: Seed = 0,
     ) -> None:
         found: dict[str, Wanted] = {}
         for number, line in enumerate(_lines(path), 1):
@@ -134,7 +135,7 @@ class SceneObjects(ObjectPrompts):
 
     note = "The embedded world: its detector is the scene judge's own, so it is no second opinion on that judge."
 
-    def __init__(self, test: int = 128, seed: int = 0) -> None:
+    def __init__(self, test: Count = 128, seed: Seed = 0) -> None:
         fitting = [scene for scene in unique_scenes("test", 2 * test, seed) if _checkable(scene)][:test]
         if len(fitting) < test or not fitting:
             raise ValueError(f"prompts.test={test}: the embedded world gave {len(fitting)} prompts with objects.")

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import get_args
 
+from vp_rl.configuration.kinds import Count, Seed, Text, Texts, Whole
 from vp_rl.interfaces import PromptSource
 from vp_rl.scenes.grammar import parse, unique_scenes
 from vp_rl.types import Dropped, Split
@@ -25,7 +26,7 @@ class ScenePrompts(PromptSource):
         "the system is wired right and learns; it says nothing about real images."
     )
 
-    def __init__(self, train: int = 2000, validation: int = 128, test: int = 128, seed: int = 0) -> None:
+    def __init__(self, train: Whole = 2000, validation: Whole = 128, test: Whole = 128, seed: Seed = 0) -> None:
         self._sizes: dict[Split, int] = {"train": train, "validation": validation, "test": test}
         self._seed = seed
 
@@ -59,16 +60,16 @@ class FilePrompts(PromptSource):
 
     def __init__(
         self,
-        path: str,
+        path: Text,
         *,
-        column: str = "prompt",
-        nsfw_columns: Sequence[str] = (),
-        id_column: str | None = None,
-        limit: int | None = None,
+        column: Text = "prompt",
+        nsfw_columns: Sequence[Text] = (),
+        id_column: Text | None = None,
+        limit: Count | None = None,
         cleaner: Cleaner | None = None,
-        validation: int = 64,
-        test: int = 128,
-        seed: int | None = None,
+        validation: Whole = 64,
+        test: Whole = 128,
+        seed: Seed | None = None,
     ) -> None:
         raw = read_file(path, Columns(column, tuple(nsfw_columns), id_column))
         drawn = [raw[row] for row in sample(len(raw), limit, seed or 0)]
@@ -101,20 +102,20 @@ class HubPrompts(PromptSource):
 
     def __init__(
         self,
-        dataset: str,
+        dataset: Text,
         *,
-        config: str | None = None,
-        files: str | Sequence[str] | None = None,
-        source_split: str = "train",
-        revision: str | None = None,
-        column: str = "prompt",
-        nsfw_columns: Sequence[str] = (),
-        id_column: str | None = None,
-        limit: int | None = None,
+        config: Text | None = None,
+        files: Text | Texts | None = None,
+        source_split: Text = "train",
+        revision: Text | None = None,
+        column: Text = "prompt",
+        nsfw_columns: Sequence[Text] = (),
+        id_column: Text | None = None,
+        limit: Count | None = None,
         cleaner: Cleaner | None = None,
-        validation: int = 64,
-        test: int = 128,
-        seed: int | None = 0,
+        validation: Whole = 64,
+        test: Whole = 128,
+        seed: Seed | None = 0,
     ) -> None:
         raw = read_hub(
             dataset,

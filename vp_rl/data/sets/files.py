@@ -5,12 +5,14 @@ import json
 import os
 import tarfile
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow.parquet as parquet
 from huggingface_hub import snapshot_download
+
+from vp_rl.configuration.kinds import Text, Texts
 
 Row = dict[str, Any]
 
@@ -18,11 +20,11 @@ Row = dict[str, Any]
 class Hub(NamedTuple):
     """Where a set can be downloaded from."""
 
-    repository: str
+    repository: Text
     """Of the Hugging Face hub: OWNER/NAME."""
-    files: Sequence[str]
+    files: Texts
     """What is needed of it: names, or patterns such as `data/test-*`. A `.tar.gz` among it is unpacked."""
-    revision: str | None = None
+    revision: Text | None = None
 
 
 def fetch(folder: Path, needed: str, hub: Hub | None) -> None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import pyarrow.parquet as parquet
 
+from vp_rl.configuration.kinds import Count, Text, Texts
 from vp_rl.data.sets.base import HumanSet, Judged, Protocol, pair
 from vp_rl.data.sets.files import Hub, Row, fetch, rows, stamp
 from vp_rl.data.sets.table import TableSet
@@ -17,15 +18,15 @@ _AT_ONCE = 16  # rows of a table with images inside: tens of MB
 class PairColumns(NamedTuple):
     """What the columns of a table of pairs are; `first` and `second` each have two images' columns."""
 
-    prompt: str = "prompt"
-    images: Sequence[str] = ("path1", "path2")
+    prompt: Text = "prompt"
+    images: Texts = ("path1", "path2")
     """The files' names, or what identifies the images where they are in the table."""
-    label: str | None = None
+    label: Text | None = None
     """1: the first is preferred, 0: the second, 0.5: a tie. None: it is always the first."""
-    votes: str | None = None
+    votes: Text | None = None
     """A list of two numbers: how many people chose the first, and the second; may be empty or absent in a row."""
-    generators: Sequence[str] | None = None
-    judged: str | None = None
+    generators: Texts | None = None
+    judged: Text | None = None
     """Whether there is a verdict: rows without are left out. None: there always is."""
 
     def names(self) -> set[str]:
@@ -61,15 +62,15 @@ class ParquetPairs(HumanSet):
 
     def __init__(
         self,
-        title: str,
-        folder: str,
-        files: str,
+        title: Text,
+        folder: Text,
+        files: Text,
         columns: PairColumns,
-        contents: Sequence[str],
+        contents: Texts,
         protocols: Sequence[Protocol],
-        tuning_files: str | None = None,
+        tuning_files: Text | None = None,
         hub: Hub | None = None,
-        limit: int | None = None,
+        limit: Count | None = None,
     ) -> None:
         self.title, self.protocols = title, list(protocols)
         self._folder, self._columns, self._hub, self._limit = Path(folder), columns, hub, limit

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vp_rl.configuration.kinds import Text
 from vp_rl.data.sets.base import Judged, shares_of
 from vp_rl.data.sets.files import Row, rows
 from vp_rl.data.sets.table import TableSet
@@ -14,16 +15,16 @@ from vp_rl.data.sets.table import TableSet
 class RankingColumns(NamedTuple):
     """What the columns of a table of rankings are."""
 
-    prompt: str = "prompt"
-    images: str = "images"
+    prompt: Text = "prompt"
+    images: Text = "images"
     """Names of the images' files: a list, or one if `group` says which rows belong together."""
-    ranks: str = "ranking"
+    ranks: Text = "ranking"
     """As the images; lower is better, equal is a tie."""
-    group: str | None = None
+    group: Text | None = None
     """What the rows of one prompt have in common; None: each row has all images of its prompt."""
-    people: str | None = None
+    people: Text | None = None
     """A list of the single people's rankings, each as the images, or in an object under `rank`."""
-    generators: str | None = None
+    generators: Text | None = None
     aspects: Mapping[str, str] = {}  # noqa: RUF012  # never changed
     """Columns of ratings in single aspects, higher is better, by the aspect's name."""
     higher_is_better: bool = False

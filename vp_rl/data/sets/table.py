@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from vp_rl.configuration.kinds import Count, Text
 from vp_rl.data.sets.base import HumanSet, Judged, Protocol
 from vp_rl.data.sets.files import Hub, Pictures, fetch, require, stamp
 
@@ -29,14 +30,14 @@ class TableSet(HumanSet, Generic[Columns]):
 
     def __init__(
         self,
-        title: str,
-        folder: str,
-        table: str,
+        title: Text,
+        folder: Text,
+        table: Text,
         columns: Columns,
         protocols: Sequence[Protocol],
-        images: str = ".",
+        images: Text = ".",
         hub: Hub | None = None,
-        limit: int | None = None,
+        limit: Count | None = None,
     ) -> None:
         self.title, self.protocols = title, list(protocols)
         self._folder, self._table, self._columns, self._hub, self._limit = Path(folder), table, columns, hub, limit

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as parquet
 
+from vp_rl.configuration.kinds import Count, Text
 from vp_rl.data.preferences import ratings_of
 from vp_rl.data.sets.base import HumanSet, Judged, Protocol, shares_of
 from vp_rl.data.sets.files import stamp
@@ -32,11 +33,11 @@ class VisionPreferSet(HumanSet):
 
     def __init__(
         self,
-        folder: str,
+        folder: Text,
         protocols: Sequence[Protocol],
         split: Split = "test",
-        limit: int | None = None,
-        title: str = "VisionPrefer",
+        limit: Count | None = None,
+        title: Text = "VisionPrefer",
     ) -> None:
         self.title, self.protocols = title, list(protocols)
         self.note = "Its judges are AI annotators: this is agreement with them, not with people."
