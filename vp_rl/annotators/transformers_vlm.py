@@ -5,7 +5,6 @@ batches. Decoding is greedy: the same question has the same answer, so asking ag
 """
 
 import asyncio
-import io
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from vp_rl.annotators.answers import read_ratings
 from vp_rl.annotators.wording import rating_instructions, rating_question
+from vp_rl.files import images as image_files
 from vp_rl.interfaces import Annotator
 from vp_rl.types import Answer, Aspect, Rating, Usage
 
@@ -272,8 +272,8 @@ def _pictures(images: Sequence[bytes], max_pixels: int) -> list[Image.Image]:
     pictures = []
     for number, data in enumerate(images, 1):
         try:
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+            picture = image_files.rgb(data)
+        except ValueError as error:
             raise ValueError(f"Image {number} cannot be read: {error}") from error
         scale = math.sqrt(max_pixels / (picture.width * picture.height))
         if scale < 1:

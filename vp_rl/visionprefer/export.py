@@ -1,6 +1,5 @@
 """Stage 5 of VisionPrefer: rows out of images and answers, written as a dataset with its card."""
 
-import io
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +9,9 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from PIL import Image
 from tqdm import tqdm
 
+from vp_rl.files import images as image_files
 from vp_rl.types import ASPECTS, Dropped, GivenImage
 from vp_rl.visionprefer import annotate, schema
 from vp_rl.visionprefer.annotate import Call, Note, Opinion
@@ -152,8 +151,12 @@ def _row(item: Item, rated: Rated, notes: list[tuple[Opinion, Note]], store: Ima
 
 def _image(image_id: str, origin: Recipe | GivenImage, data: bytes) -> schema.Row:
     made = isinstance(origin, Recipe)
-    with Image.open(io.BytesIO(data)) as picture:  # reads the header only
-        width, height = picture.size
+    try:
+        width, height = image_files.size(data)
+    except ValueError as error:
+        raise ValueError(
+            f"The image {image_id} of the work folder is no longer one ({error}): remove its file, and build again."
+        ) from error
     return {
         "image_id": image_id,
         "image": {"bytes": data, "path": None},
