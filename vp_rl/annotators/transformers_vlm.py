@@ -28,6 +28,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from vp_rl.annotators.answers import read_ratings
 from vp_rl.annotators.wording import rating_instructions, rating_question
 from vp_rl.files import images as image_files
+from vp_rl.files.paths import user_place
 from vp_rl.interfaces import Annotator
 from vp_rl.types import Answer, Aspect, Rating, Usage
 
@@ -75,6 +76,7 @@ class TransformersVLMAnnotator(Annotator):
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype!r} must be one of {', '.join(_DTYPES)}.")
         self._systems, texts = rating_instructions(guidelines)
+        model = user_place(model)
         self.name = Path(model).resolve().name if Path(model).is_dir() else Path(model).name
         self.version = f"{_TEMPLATE}-{texts}"
         self.concurrency = 2 * batch_size  # while one batch is answered, the next one gathers

@@ -84,14 +84,14 @@ def whole(file: Path) -> Iterator[None]:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:  # it raises all of them for damage
         what = pretender(_head(file))
-        raise ValueError(f"'{file}' is no whole Parquet file: {f'it is {what}' if what else error}") from error
+        raise ValueError(f"{file} is no whole Parquet file: {f'it is {what}' if what else error}") from error
 
 
 def _check_single(file: Path, columns: Collection[str] | None) -> None:
     counted = Counter(names(file))
     for name in counted if columns is None else columns:
         if counted[name] > 1:
-            raise ValueError(f"'{file}' has {counted[name]} columns {name!r}: rename all but one.")
+            raise ValueError(f"{file} has {counted[name]} columns {name!r}: rename all but one.")
 
 
 def _head(file: Path) -> bytes:

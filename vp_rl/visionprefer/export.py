@@ -111,7 +111,7 @@ def _by_prompt(rated: Rated, journal: Journal) -> Iterator[list[tuple[Opinion, N
     """Everything that was said of each prompt's images, prompt by prompt."""
     streams = []
     for opinion, calls in rated.opinions:
-        streams.append((opinion, zip(calls, annotate.notes(opinion, calls, journal), strict=True)))
+        streams.append((opinion, _read(opinion, calls, journal)))
     heads = {opinion.name: next(stream, None) for opinion, stream in streams}
     for item in rated.items:
         said: list[tuple[Opinion, Note]] = []
@@ -122,6 +122,25 @@ def _by_prompt(rated: Rated, journal: Journal) -> Iterator[list[tuple[Opinion, N
                 head = next(stream, None)
             heads[opinion.name] = head
         yield said
+
+
+def _read(opinion: Opinion, calls: Sequence[Call], journal: Journal) -> Iterator[tuple[Call, list[Note] | None]]:
+    """Each call with what was answered.
+
+    Raises:
+        ValueError: an accepted answer cannot be read today; says which, and how to have it asked again.
+    """
+    notes = annotate.notes(opinion, calls, journal)
+    for call in calls:
+        try:
+            yield call, next(notes)
+        except ValueError as error:
+            row = f"key = x'{annotate.key(opinion.annotator, call).hex()}'"
+            raise ValueError(
+                f"What {opinion.name} answered on the {call.aspect} of {', '.join(call.images)}, of the prompt "
+                f"{call.item.prompt[:200]!r}, was accepted and cannot be read now: {error}. To have it asked again, "
+                f"DELETE FROM answers WHERE {row} in '{journal.file}', and build once more."
+            ) from error
 
 
 def _row(item: Item, rated: Rated, notes: list[tuple[Opinion, Note]], store: ImageStore) -> schema.Row:

@@ -72,9 +72,9 @@ def read_hub(
     Raises:
         ValueError: it cannot be had, whatever the reason, or has not those columns.
     """
-    given = files if files is None or isinstance(files, str) else list(files)
+    given = paths.user_place(files) if isinstance(files, str) else files and [*map(paths.user_place, files)]
     try:
-        table = load_dataset(dataset, config, data_files=given, split=split, revision=revision)
+        table = load_dataset(paths.user_place(dataset), config, data_files=given, split=split, revision=revision)
     # It lets through what any of its layers raises: network, file system, parsers, and a RuntimeError of its own.
     except Exception as error:
         place = dataset if given is None else f"{dataset} ({given})"
