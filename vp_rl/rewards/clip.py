@@ -168,5 +168,5 @@ class CLIPReward(Reward):
 
 
 def mended(prompt: str) -> str:
-    """`basic_clean` of open_clip's tokenizer: wrongly decoded text is put right, HTML's names of characters replaced."""
+    """As `basic_clean` of open_clip's tokenizer: wrongly decoded text put right, HTML's names of characters gone."""
     return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()
