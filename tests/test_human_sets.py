@@ -196,7 +196,9 @@ def test_a_ranking_that_is_none_is_named(tmp_path: Path, change: dict[str, Any],
         human("hpd_v2", tmp_path).load()
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", r"test\.json is no JSON"), ("[{}]", "no column 'image_path', 'prompt', 'rank'")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", r"test\.json is no JSON"), ("[{}]", "no column 'image_path', 'prompt', 'rank'")]
+)
 def test_a_table_that_is_none_is_named(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "test.json").write_text(text)
     with pytest.raises(ValueError, match=said):
