@@ -135,8 +135,7 @@ def test_a_folder_of_odd_images_is_seen_as_pillow_shows_it_or_refused(tmp_path: 
                 warnings.simplefilter("ignore")
                 pixels = read(data, place)
                 expected = as_pillow_shows_it(data)
-        except ValueError as error:
-            assert str(error), file
+        except ValueError:
             refused += 1
             continue
         assert expected is not None, (file, door)
