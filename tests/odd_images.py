@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 from PIL import Image
@@ -63,7 +64,7 @@ def turned(orientation: int) -> Image.Exif:
     return exif
 
 
-def _transparent() -> dict[str, Odd]:
+def _transparent() -> Mapping[str, Odd]:
     rgba = np.dstack([COLOUR, np.where(CLEAR, 0, 255)]).astype(np.uint8)
     palette = np.stack([np.arange(256), np.arange(256)[::-1], np.arange(256) // 2], 1)
     places = np.where(CLEAR, 9, GREY % 8)
@@ -96,7 +97,7 @@ def _transparent() -> dict[str, Odd]:
     }
 
 
-def _refused() -> dict[str, Odd]:
+def _refused() -> Mapping[str, Odd]:
     plain = Image.fromarray(COLOUR.astype(np.uint8))
     whole, other = saved(plain, "PNG"), plain.rotate(90)
     floats = Image.fromarray(GREY.astype(np.float32))
@@ -119,7 +120,7 @@ def _refused() -> dict[str, Odd]:
     }
 
 
-def _plain() -> dict[str, Odd]:
+def _plain() -> Mapping[str, Odd]:
     solid = Image.fromarray(COLOUR.astype(np.uint8))
     cmyk = Image.fromarray(np.dstack([255 - COLOUR, np.zeros_like(GREY)]).astype(np.uint8), "CMYK")
     ink = saved(cmyk, "JPEG", quality=100, subsampling=0)
@@ -137,4 +138,4 @@ def _plain() -> dict[str, Odd]:
     }
 
 
-ODD: dict[str, Odd] = _plain() | _transparent() | _refused()
+ODD: dict[str, Odd] = {**_plain(), **_transparent(), **_refused()}

@@ -66,8 +66,8 @@ def test_every_door_knows_the_home(door: str, home: Path) -> None:
 def test_folders_that_are_yet_to_be_made_are_at_home(home: Path) -> None:
     assert PreferenceDataModule("~/new")._folder == home / "new"
     assert RunCheckpoints("~/new")._folder == home / "new"
-    data = HumanDataModule({"set": DOORS["people's rankings"]}, {}, {}, cache="~/new")  # type: ignore[dict-item]
-    assert data._cache == home / "new"
+    human = Rankings("r", "~/set", "test.json", RankingColumns(), [])
+    assert HumanDataModule({"set": human}, {}, {}, cache="~/new")._cache == home / "new"
 
 
 def test_another_users_home_and_one_that_is_not(home: Path) -> None:
