@@ -4,8 +4,8 @@ Categories follow T2I-CompBench (size and colour binding, spatial relation, coun
 split holds *combinations*: a set of (count, size, colour, shape) that is in no prompt of the other splits, in whatever
 relation. No reward, preference or policy gradient is trained on one. The tiny diffusion model itself was, in a way: its
 pretraining shows one half of some training scenes alone ("two yellow squares above"), and that picture is also what a
-test prompt of one thing asks for. So 7 of the 11 prompts of counts among the 128 for testing were drawn in it, each some
-25 to 37 times, under half a scene's words; the base model and a tuned one share that.
+test prompt of one thing asks for. So 7 of the 11 prompts of counts among the 128 for testing were drawn in it, each
+some 25 to 37 times, under half a scene's words; the base model and a tuned one share that.
 """
 
 import random
