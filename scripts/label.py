@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from vp_rl.annotators.wording import read_guidelines
+from vp_rl.files.paths import user_path
 from vp_rl.secrets import guard
 from vp_rl.types import ASPECTS
 from vp_rl.visionprefer import agreement, schema, tables
@@ -25,13 +26,13 @@ from vp_rl.visionprefer.votes import Votes
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a VisionPrefer dataset")
+    parser.add_argument("folder", type=user_path, help="a VisionPrefer dataset")
     parser.add_argument("--agreement", action="store_true", help="print the agreement so far, and serve nothing")
     parser.add_argument("--split", default="test", help="whose prompts (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=50, help="one pair of images of each (default: %(default)s)")
     parser.add_argument("--aspects", nargs="+", choices=ASPECTS, default=list(ASPECTS), help="default: all four")
     parser.add_argument("--guidelines", help="a folder with an ASPECT.md for each aspect; default: the annotators'")
-    parser.add_argument("--votes", type=Path, help="an SQLite file; default: the journal in <folder>.work")
+    parser.add_argument("--votes", type=user_path, help="an SQLite file; default: the journal in <folder>.work")
     parser.add_argument("--host", default="127.0.0.1", help="address to serve on (default: %(default)s)")
     parser.add_argument("--port", type=int, default=8780)
     parser.add_argument("--seed", type=int, default=0, help="of the choice of pairs")

@@ -95,7 +95,9 @@ class RewardServer:
     def _answer(self, body: bytes) -> web.Response:
         try:
             images, prompts = decode(body)
-        except ValueError as error:
+            if not torch.isfinite(images).all():
+                raise ValueError("Images must be finite numbers: a policy that makes others has diverged.")
+        except (ValueError, RecursionError) as error:  # JSON may be nested deeper than Python's stack
             return web.Response(status=400, text=mask(str(error)))
         try:
             scores = self._reward(images.to(self._device), prompts)

@@ -120,7 +120,7 @@ def test_a_commit_that_fails_is_told_by_the_files_name(journal: Journal, monkeyp
 
 def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no database " * 100)
-    with pytest.raises(OSError, match=r"notes.txt cannot be used"):
+    with pytest.raises(OSError, match=r"notes\.txt' is not a journal"):
         Journal(tmp_path / "notes.txt")
 
 

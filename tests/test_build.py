@@ -4,6 +4,8 @@ import asyncio
 import io
 import json
 import os
+import re
+import sqlite3
 import subprocess
 import sys
 from collections import Counter
@@ -88,6 +90,27 @@ def test_every_question_to_a_hostile_server_ends_as_a_rating_or_with_its_reason(
     assert len(kept) < number
     assert f"{len(kept):,}" in (tmp_path / "set" / "README.md").read_text()
     assert "fewer than two rated images" in (tmp_path / "set" / "README.md").read_text()
+
+
+def test_an_answer_that_cannot_be_read_any_more_is_named_with_its_row(tmp_path: Path) -> None:
+    with ChatServer(tmp_path / "log.jsonl") as server:
+        built = paid(server, Lists(train=["a cat", "a dog"], validation=[], test=[]), images_per_prompt=2)
+        built.build(tmp_path / "set", "annotate")
+        file = tmp_path / "set.work" / "journal.sqlite"
+        with sqlite3.connect(file) as other:
+            [(key,)] = other.execute("SELECT key FROM answers ORDER BY id LIMIT 1 OFFSET 5")
+            other.execute("UPDATE answers SET text = '{\"ratings\": []}' WHERE key = ?", (key,))
+        other.close()
+        with pytest.raises(ValueError, match=r"answered on the \w+ of \S+, \S+, of the prompt 'a (cat|dog)'") as found:
+            built.build(tmp_path / "set", "export")
+        assert "cannot be read now: 0 ratings for 2 images" in str(found.value)
+        with sqlite3.connect(file) as other:  # as it says
+            other.execute(re.search(r"DELETE .*?'[0-9a-f]+'", str(found.value))[0])  # type: ignore[index]
+        other.close()
+        asked = len(server.requests)
+        built.build(tmp_path / "set")
+        assert len(server.requests) == asked + 1
+    assert len(rows(tmp_path / "set")) == 2
 
 
 def test_prompts_are_polished_with_the_original_beside_them_and_no_two_become_one(tmp_path: Path) -> None:

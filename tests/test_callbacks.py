@@ -289,7 +289,7 @@ def test_a_judge_is_not_paid_twice_whenever_the_run_is_stopped(tmp_path: Path) -
 
 def test_a_file_that_holds_no_answers_is_named_with_its_setting(tmp_path: Path) -> None:
     (tmp_path / "judged.sqlite").write_text("something else, and long enough to be no empty database " * 20)
-    with pytest.raises(ValueError, match=r"callbacks\.held_out\.judged: .*judged\.sqlite is no cache.* With null"):
+    with pytest.raises(ValueError, match=r"callbacks\.held_out\.judged: .*judged\.sqlite' is not a cache.* With null"):
         fit(tmp_path, [held_out(judged=str(tmp_path / "judged.sqlite"))])
 
 

@@ -248,6 +248,25 @@ def test_scores_are_those_of_open_clip(
     assert reward.towers.logit_scale == pytest.approx(open_clip.logit_scale.exp().item())
 
 
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("salt &amp; pepper", "salt & pepper"),
+        ("a &amp;quot;red&amp;quot; fox", 'a "red" fox'),
+        ("a cafÃ© by the sea", "a café by the sea"),
+        ("the artist\u2019s cat", "the artist's cat"),
+    ],
+)
+def test_open_clip_mends_what_a_prompt_is_written_with_and_transformers_does_not(
+    open_clip: OpenCLIP, architecture: str, folder: Path, tmp_path: Path, written: str, meant: str
+) -> None:
+    """`basic_clean` of open_clip's tokenizer, which the published scores went through."""
+    hps = CLIPReward.from_open_clip(saved_as_pickle(open_clip.state_dict(), tmp_path), architecture=architecture)
+    assert torch.equal(hps.read([written]), hps.read([meant]))
+    clip = CLIPReward.load(str(folder))
+    assert not torch.equal(clip.read([written]), clip.read([meant]))
+
+
 def test_a_folder_and_the_checkpoints_name_in_it_will_do(
     open_clip: OpenCLIP, architecture: str, tmp_path: Path
 ) -> None:

@@ -47,3 +47,12 @@ def test_values_are_rounded_and_clipped_to_8_bits() -> None:
     assert scores[0] == scores[1]
     assert torch.equal(reward(torch.full((1, 3, 8, 8), 1.3), [""]), reward(torch.ones(1, 3, 8, 8), [""]))
     assert reward(NOISE[None].bfloat16(), [""]) == scores[2]
+
+
+@pytest.mark.parametrize("incompressible", [False, True])
+def test_what_is_no_picture_has_no_score(incompressible: bool) -> None:
+    images = torch.stack([NOISE, NOISE, NOISE, PLAIN])
+    images[0, 0, 0, 0], images[2] = torch.nan, torch.inf
+    scores = CompressibilityReward(incompressible)(images, [""] * 4)
+    assert scores.isnan().tolist() == [True, False, True, False]
+    assert torch.equal(scores[[1, 3]], CompressibilityReward(incompressible)(images[[1, 3]], ["", ""]))

@@ -317,9 +317,9 @@ def test_a_damaged_line_is_named(tmp_path: Path, changed: dict[str, Any], said: 
 
 
 def test_files_that_are_none_are_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="line 1: this is no JSON"):
+    with pytest.raises(ValueError, match="no JSON in line 1"):
         GenEvalPrompts(written(tmp_path, '{"tag": "coun'))
-    with pytest.raises(ValueError, match="line 1: this is no object"):
+    with pytest.raises(ValueError, match="line 1 is int; it must be an object"):
         GenEvalPrompts(written(tmp_path, "3"))
     with pytest.raises(ValueError, match="line 2: .*asked for something else"):
         GenEvalPrompts(written(tmp_path, json.dumps(LINE), json.dumps(LINE | {"exclude": []})))

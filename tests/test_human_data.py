@@ -309,7 +309,7 @@ def test_a_copy_is_whole_or_absent_and_made_once(tmp_path: Path, monkeypatch: py
         raise KeyboardInterrupt
 
     with monkeypatch.context() as broken:
-        broken.setattr(pack.parquet, "write_table", stop)
+        broken.setattr(pack, "write_table", stop)
         with pytest.raises(KeyboardInterrupt):
             pack.packed(it, names, tmp_path / "cache")
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".unfinished"]

@@ -110,7 +110,7 @@ def test_image_reward_db_with_the_repositorys_rankings_and_a_folder_of_files(tmp
         (tmp_path / "pictures" / "x" / f"{number}.webp").write_bytes(image(number, "webp"))
     columns = ["columns.images=generations", "columns.ranks=ranking", "columns.group=null"]
     overrides = [f"data.it.{each}" for each in ("table=test.json", "images=pictures", *columns)]
-    it = human("image_reward_db", tmp_path, *overrides, "~data.it.columns.aspects")
+    it = human("image_reward_db", tmp_path, *overrides, "data.it.columns.aspects=null")
     [each] = it.load()
     assert each.ranks.tolist() == [2, 1]
     assert dict(it.read(each.images)) == {"x/1.webp": image(1, "webp"), "x/2.webp": image(2, "webp")}
@@ -183,7 +183,7 @@ def test_a_set_that_is_not_there_and_cannot_be_downloaded_says_so(
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"rank": [1, 2]}, r"Prompt 1 of '.*test.json' has no ranking.*not 3 numbers"),
+        ({"rank": [1, 2]}, r"row 1 of '.*test.json' has no ranking.*not 3 numbers"),
         ({"rank": [1, 2, None]}, "not 3 numbers"),
         ({"rank": "first"}, "has no ranking"),
         ({"image_path": ["1.jpg", "1.jpg", "2.jpg"]}, "is there twice"),
@@ -196,7 +196,9 @@ def test_a_ranking_that_is_none_is_named(tmp_path: Path, change: dict[str, Any],
         human("hpd_v2", tmp_path).load()
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "cannot be read"), ("[{}]", "no column image_path, prompt, rank")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", r"test\.json is no JSON"), ("[{}]", "no column 'image_path', 'prompt', 'rank'")]
+)
 def test_a_table_that_is_none_is_named(tmp_path: Path, text: str, said: str) -> None:
     (tmp_path / "test.json").write_text(text)
     with pytest.raises(ValueError, match=said):
@@ -274,17 +276,65 @@ def test_pick_a_pic_reads_no_more_than_is_wanted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "said"),
-    [({"label_0": 0.7}, "label_0=0.7, which must be 1, 0.5 or 0"), ({"label_0": None}, "label_0=None")],
+    [({"label_0": 0.7}, "label_0=0.7"), ({"label_0": None}, "label_0=None")],
 )
 def test_a_label_that_is_none_is_named(tmp_path: Path, change: dict[str, Any], said: str) -> None:
     pick_a_pic(tmp_path, **change)
-    with pytest.raises(ValueError, match=rf"Row 1 of '.*parquet' has {said}"):
+    with pytest.raises(ValueError, match=rf"{said} in row 1 of '.*parquet' must be 1, 0.5 or 0"):
         human("pick_a_pic", tmp_path).load()
+
+
+@pytest.mark.parametrize("kind", [int, float], ids=str)
+def test_ids_may_be_numbers(tmp_path: Path, kind: type) -> None:
+    """They were named as text and looked for as numbers: no image was ever found."""
+    pick_a_pic(tmp_path)
+    for file in (tmp_path / "data").iterdir():
+        table = parquet.read_table(file).to_pylist()
+        for number, row in enumerate(table):
+            row["image_0_uid"], row["image_1_uid"] = kind(10 * number + 1), kind(10 * number + 2)
+        parquet.write_table(pyarrow.Table.from_pylist(table), file)
+    it = human("pick_a_pic", tmp_path)
+    wanted = everything(it.load())
+    assert wanted == {"1", "2", "11", "12", "21", "22"}
+    assert {name for name, _ in it.read(wanted)} == wanted
+
+
+@pytest.mark.parametrize("column", ["image_0_uid", "image_1_uid", "caption"])
+def test_a_row_without_an_id_or_a_prompt_is_left_out_and_counted(tmp_path: Path, column: str) -> None:
+    """It was called 'None', and all such rows were one image."""
+    pick_a_pic(tmp_path)
+    file = tmp_path / "data" / "test_unique-00000-of-00001-0123.parquet"
+    table = parquet.read_table(file).to_pylist()
+    table[1][column] = None
+    parquet.write_table(pyarrow.Table.from_pylist(table), file)
+    it = human("pick_a_pic", tmp_path)
+    judged = it.load()
+    assert len([each for each in judged if not each.tuning]) == 2
+    assert "None" not in everything(judged) | {each.prompt for each in judged}
+    assert it.note.startswith(f"1 of 3 rows are left out, which lack a value: `{column}` in row 2 of '{file}'")
+
+
+def test_a_ranking_without_its_group_is_left_out_and_counted(tmp_path: Path) -> None:
+    image_reward_db(tmp_path)
+    table = parquet.read_table(tmp_path / "metadata-test.parquet").to_pylist()
+    table[0]["prompt_id"] = None
+    parquet.write_table(pyarrow.Table.from_pylist(table), tmp_path / "metadata-test.parquet")
+    it = human("image_reward_db", tmp_path)
+    assert [len(each.images) for each in it.load()] == [2, 3]
+    assert "1 of 6 rows are left out" in it.note
+
+
+def test_an_archive_that_is_none_is_named(tmp_path: Path) -> None:
+    image_reward_db(tmp_path)
+    archive = tmp_path / "images" / "test" / "test_1.zip"
+    archive.write_bytes(archive.read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"test_1\.zip' is no zip archive that can be read"):
+        human("image_reward_db", tmp_path).load()
 
 
 def test_a_column_that_is_not_there_is_named(tmp_path: Path) -> None:
     pick_a_pic(tmp_path)
-    with pytest.raises(ValueError, match="no column text"):
+    with pytest.raises(ValueError, match="no column 'text'; it has .* Name the right ones in `columns`"):
         human("pick_a_pic", tmp_path, "data.it.columns.prompt=text").load()
     with pytest.raises(ValueError, match="no column webp_0"):
         human("pick_a_pic", tmp_path, "data.it.contents=[webp_0,jpg_1]").load()

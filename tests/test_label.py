@@ -394,6 +394,55 @@ def test_questions_that_cannot_be_asked_are_refused(tmp_path: Path, asked: list[
         Labeler(asked, GUIDELINES, Votes(tmp_path / "journal.sqlite"))
 
 
+def test_a_vote_that_waits_for_another_program_keeps_nobody_else(tmp_path: Path) -> None:
+    other = sqlite3.connect(tmp_path / "journal.sqlite", isolation_level=None)
+
+    async def scene(ann: Player) -> None:
+        seen = await ann.see()
+        other.execute("BEGIN IMMEDIATE")
+        waiting = asyncio.create_task(ann.vote("left", seen))
+        await asyncio.sleep(0.2)
+        page = await asyncio.wait_for(Player(ann.client, "bob").see(), 5)  # it took until the other program let go
+        assert page
+        assert not waiting.done()
+        other.execute("ROLLBACK")
+        assert (await waiting).status == 303
+
+    assert len(play(tmp_path, scene)) == 1
+
+
+def test_a_vote_that_cannot_be_kept_is_said_on_the_page_and_can_be_given_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = Votes.add
+
+    def full(self: Votes, vote: Vote) -> None:
+        self._database.execute("PRAGMA max_page_count = 1")
+        for _ in range(5000):
+            kept(self, vote._replace(voter="somebody else"))
+
+    async def scene(ann: Player) -> None:
+        seen = await ann.see()
+        monkeypatch.setattr(Votes, "add", full)
+        response = await ann.vote("left", seen)
+        assert response.status == 507
+        assert re.fullmatch(
+            r"This vote was not kept\. '.*journal\.sqlite' cannot be written, as the disk is full: make room.*",
+            await response.text(),
+        )
+        monkeypatch.undo()
+        asked = (await ann.see())["key"]
+        assert asked == seen["key"]
+
+    assert "ann" not in {vote.voter for vote in play(tmp_path, scene)}
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536, 99999])
+def test_a_port_that_there_is_not_is_refused(tmp_path: Path, port: int) -> None:
+    with pytest.raises(ValueError, match=rf"port={port} must be a number from 1 to 65535"):
+        serve(Labeler(pairs(), GUIDELINES, Votes(tmp_path / "votes.sqlite")), port=port)
+
+
 # --- votes
 
 

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vp_rl.files import images
 from vp_rl.types import GivenImage
-from vp_rl.visionprefer import pictures
 from vp_rl.visionprefer.image_folder import ImageFolder
 from vp_rl.visionprefer.pictures import check, normalise, read
 
@@ -295,13 +295,13 @@ def test_garbage_raises_nothing_but_value_errors_and_never_warns() -> None:
 
 
 def test_threads_do_not_leave_each_others_warning_filters_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    opened = pictures._opened
+    opened = images.opened
 
     def slowly(data: bytes) -> Image.Image:
         time.sleep(0.01)
         return opened(data)
 
-    monkeypatch.setattr(pictures, "_opened", slowly)
+    monkeypatch.setattr(images, "opened", slowly)
     before = list(warnings.filters)
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(normalise, [encoded(picture(), "JPEG")] * 12))
@@ -319,7 +319,7 @@ def test_what_is_wrong_with_a_file_is_said_with_its_name(tmp_path: Path, monkeyp
     assert read(file) == file.read_bytes()
     with pytest.raises(ValueError, match=r"photo\.jpg.*60 x 40"):
         read(file, max_pixels=100)
-    monkeypatch.setattr(pictures, "MAX_BYTES", 2**20)
+    monkeypatch.setattr(images, "MAX_BYTES", 2**20)
     file.write_bytes(bytes(2**20 + 1))
     with pytest.raises(ValueError, match=r"photo\.jpg' has 1 MiB"):
         read(file)
@@ -375,15 +375,25 @@ def test_prompts_are_held_out_by_number(tmp_path: Path) -> None:
     [
         ("metadata.jsonl", "", ValueError, "names no image"),
         ("m.csv", "", ValueError, "names no image"),
-        ("m.txt", "a.png a cat", ValueError, r"\.jsonl or \.csv"),
-        ("metadata.jsonl", '{"file": "a.png", "prompt": "x"}\n{"file": ', ValueError, "line 2: malformed JSON"),
-        ("metadata.jsonl", '{"file": "a.png", "prompt": ' + "9" * 5000 + "}", ValueError, "line 1: malformed JSON"),
-        ("metadata.jsonl", "[" * 100_000, ValueError, "line 1: malformed JSON"),
-        ("metadata.jsonl", '["a.png"]', ValueError, "line 1: .*no JSON object"),
-        ("metadata.jsonl", '{"file_name": "a.png", "prompt": "x"}', ValueError, r"line 1: no `file`.*file_name"),
+        ("m.txt", "a.png a cat", ValueError, r"\.jsonl, .*\.csv"),
+        ("metadata.jsonl", '{"file": "a.png", "prompt": "x"}\n{"file": ', ValueError, "no JSON in line 2"),
+        ("metadata.jsonl", '{"file": "a.png", "prompt": ' + "9" * 5000 + "}", ValueError, "no JSON in line 1"),
+        ("metadata.jsonl", "[" * 100_000, ValueError, "no JSON in line 1"),
+        ("metadata.jsonl", '["a.png"]', ValueError, "line 1 is list; it must be an object"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "a.png", "prompt": "x"}',
+            ValueError,
+            r"no column 'file'; it has file_name, .*line 1",
+        ),
         ("metadata.jsonl", '{"file": "a.png", "prompt": " "}', ValueError, "line 1: no `prompt`"),
         ("metadata.jsonl", '{"file": "a.png", "prompt": 3}', ValueError, "line 1: no `prompt`"),
-        ("metadata.jsonl", '{"file": "a.png", "prompt": "\\ud83d"}', ValueError, "line 1: .*surrogate"),
+        (
+            "metadata.jsonl",
+            '{"file": "a.png", "prompt": "\\ud83d"}',
+            ValueError,
+            "line 1 has half a surrogate",
+        ),
         ("metadata.jsonl", '{"file": "a.png", "prompt": "x", "generator": 5}', ValueError, "line 1: .*generator"),
         ("metadata.jsonl", '{"file": "d.png", "prompt": "x"}', FileNotFoundError, r"line 1: no file 'd\.png'"),
         ("metadata.jsonl", '{"file": "sub", "prompt": "x"}', FileNotFoundError, "line 1: no file 'sub'"),
@@ -391,12 +401,12 @@ def test_prompts_are_held_out_by_number(tmp_path: Path) -> None:
         ("metadata.jsonl", '{"file": "/etc/hostname", "prompt": "x"}', ValueError, "line 1: .*is not in"),
         ("metadata.jsonl", '{"file": "' + "x" * 5000 + '", "prompt": "x"}', FileNotFoundError, "line 1: no file 'xxx"),
         ("metadata.jsonl", '{"file": "a\\u0000", "prompt": "x"}', FileNotFoundError, "line 1: no file"),
-        ("m.csv", "file,prompt\na.png\n", ValueError, "line 2: no `prompt`"),
-        ("m.csv", "file;prompt\na.png;x\n", ValueError, r"line 2: no `file`.*file;prompt"),
-        ("m.csv", "file,prompt\na.png,red, round\n", ValueError, "line 2: more fields.*quote"),
-        ("m.csv", 'file,prompt\na.png,"red\n', ValueError, "malformed CSV"),
-        ("m.csv", b"file,prompt\na.png,caf\xe9\n", ValueError, "not UTF-8"),
-        ("m.csv", "file,prompt\na.png,x\n./a.png,y\n", ValueError, r"line 3: '\./a\.png' has an entry already"),
+        ("m.csv", "file,prompt\na.png\n", ValueError, "row 1: no `prompt`"),
+        ("m.csv", "file;prompt\na.png;x\n", ValueError, r"no column 'file', 'prompt'; it has file;prompt"),
+        ("m.csv", "file,prompt\na.png,red, round\n", ValueError, "row 1 has more fields.*quote"),
+        ("m.csv", 'file,prompt\na.png,"red\n', ValueError, "no well-formed table"),
+        ("m.csv", b"file,prompt\na.png,caf\xe9\n", ValueError, "not a UTF-8"),
+        ("m.csv", "file,prompt\na.png,x\n./a.png,y\n", ValueError, r"row 2: '\./a\.png' has an entry already"),
     ],
 )
 def test_a_sidecar_that_cannot_be_followed_is_refused(

@@ -353,6 +353,22 @@ def test_a_request_that_is_none_is_refused_in_words(body: bytes, words: str) -> 
         assert httpx2.post(f"{server.url}/score", content=body, trust_env=False).status_code == 400
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_images_that_are_not_finite_are_refused(value: float) -> None:
+    """In 8 bits they are of one colour, which compresses best of all."""
+    broken = images(2)
+    broken[1, 2, 3, 3] = value
+    with serving(BlackBox()) as server, pytest.raises(ValueError, match="HTTP 400.*must be finite.*diverged"):
+        RemoteReward(server.url)(broken, ["a", "b"])
+
+
+def test_prompts_nested_deeper_than_the_stack_are_a_bad_request() -> None:
+    text = torch.frombuffer(bytearray(b"[" * 200_000), dtype=torch.uint8)
+    body = save({"images": torch.rand(1, 3, 8, 8), "prompts": text})
+    with serving(BlackBox()) as server:
+        assert httpx2.post(f"{server.url}/score", content=body, trust_env=False).status_code == 400
+
+
 def test_a_request_that_is_too_large_is_an_error_with_a_way_out() -> None:
     batch = images(2, 400)  # 4 MB: more than aiohttp takes by itself
     with serving(BlackBox(), max_body=2**22) as server:

@@ -127,7 +127,7 @@ def test_many_keys_are_found(tmp_path: Path) -> None:
 
 def test_another_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "s").write_text("this is no database, but it is long enough to be looked at" * 20)
-    with pytest.raises(ValueError, match="no cache of evaluations"):
+    with pytest.raises(OSError, match="not a cache of evaluations"):
         Store(tmp_path / "s")
 
 

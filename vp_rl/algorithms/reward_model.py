@@ -12,7 +12,6 @@ import itertools
 import logging
 import math
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from vp_rl.algorithms.base import decaying
 from vp_rl.algorithms.clipping import ClippedModule
 from vp_rl.algorithms.shares import of_all_devices, unrepeated
 from vp_rl.configuration.kinds import Amount, Count, Seed, Share, Text
+from vp_rl.files.paths import user_path
 from vp_rl.functional import label_belief, preference_weights, ranking_loss, seed_of
 from vp_rl.interfaces import TrainableReward
 from vp_rl.types import ASPECTS, PreferenceBatch
@@ -76,7 +76,7 @@ class RewardModel(ClippedModule):
             raise ValueError(f"algorithm.patience={patience} must be at least 1 validation, or null.")
         self.reward = reward
         self.reward.freeze(frozen)
-        self._make_optimizer, self._save_to, self._seed = optimizer, Path(save_to), seed
+        self._make_optimizer, self._save_to, self._seed = optimizer, user_path(save_to), seed
         self._smoothing, self._margin_scale, self._learn_weights = smoothing, margin_scale, learn_weights
         self._best_accuracy, self._best = -1.0, dict[str, Tensor]()
         self._patience, self._waited = patience, 0

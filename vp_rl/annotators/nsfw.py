@@ -5,7 +5,6 @@ vision-language model with the guideline of the aspect sees more, at a price.
 """
 
 import asyncio
-import io
 from bisect import bisect_right
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ from PIL import Image
 
 from vp_rl.annotators.answers import read_ratings, write_ratings
 from vp_rl.configuration.kinds import Count
+from vp_rl.files import images as image_files
 from vp_rl.interfaces import Annotator
 from vp_rl.types import Answer, Aspect, Rating
 
@@ -91,6 +91,6 @@ def rate(probability: float) -> Rating:
 
 def _opened(data: bytes, number: int) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
+        return image_files.rgb(data)
+    except ValueError as error:
         raise ValueError(f"Image {number} cannot be read: {error}") from error

@@ -6,12 +6,9 @@ found that a lower temperature gave more accurate ratings (in their sibling work
 
 import base64
 import hashlib
-import io
 import math
 from collections.abc import Sequence
 from typing import Annotated, Any
-
-from PIL import Image
 
 from vp_rl.annotators.answers import read_ratings
 from vp_rl.annotators.chat import Chat
@@ -23,6 +20,7 @@ from vp_rl.annotators.wording import (
     schema_of,
 )
 from vp_rl.configuration.kinds import Structured, Text, Whole, one_of
+from vp_rl.files import images as image_files
 from vp_rl.interfaces import Annotator
 from vp_rl.types import Answer, Aspect, Rating, Usage
 
@@ -138,8 +136,7 @@ def image_tokens(image: bytes, detail: str, base: int, tile: int) -> int:
     """
     if detail == "low":
         return base
-    with Image.open(io.BytesIO(image)) as opened:  # reads the header only
-        short, long = sorted(opened.size)
+    short, long = sorted(image_files.size(image))
     # Two tiles by as many as 768 * long / short begins; whether it had to be made to fit before changes nothing.
     return base + tile * 2 * math.ceil(1.5 * long / short)
 

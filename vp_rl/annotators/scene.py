@@ -1,16 +1,15 @@
 """The embedded world's judge behind the interface that vision-language models have."""
 
-import io
 import random
 import zlib
 from collections.abc import Sequence
 
 import numpy as np
-from PIL import Image
 from PIL.Image import Resampling
 
 from vp_rl.annotators.answers import read_ratings, write_ratings
 from vp_rl.configuration.kinds import Seed, Share
+from vp_rl.files import images as image_files
 from vp_rl.interfaces import Annotator
 from vp_rl.scenes.judge import Verdict, judge
 from vp_rl.scenes.render import SIZE
@@ -50,9 +49,7 @@ class SceneAnnotator(Annotator):
         return read_ratings(answer, images)
 
     def _rate(self, prompt: str, encoded: bytes, aspect: Aspect) -> Rating:
-        image = Image.open(io.BytesIO(encoded)).convert(
-            "RGB"
-        )  # first: PIL resizes palette images without interpolation
+        image = image_files.rgb(encoded)
         if image.size != (SIZE, SIZE):
             image = image.resize((SIZE, SIZE), Resampling.BICUBIC)
         pixels = np.asarray(image)

@@ -5,7 +5,6 @@ batches. Decoding is greedy: the same question has the same answer, so asking ag
 """
 
 import asyncio
-import io
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -29,6 +28,8 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 from vp_rl.annotators.answers import read_ratings
 from vp_rl.annotators.wording import rating_instructions, rating_question
 from vp_rl.configuration.kinds import Count, Device, Text, one_of
+from vp_rl.files import images as image_files
+from vp_rl.files.paths import user_place
 from vp_rl.interfaces import Annotator
 from vp_rl.types import Answer, Aspect, Rating, Usage
 
@@ -76,6 +77,7 @@ class TransformersVLMAnnotator(Annotator):
         if dtype not in _DTYPES:
             raise ValueError(f"dtype={dtype!r} must be one of {', '.join(_DTYPES)}.")
         self._systems, texts = rating_instructions(guidelines)
+        model = user_place(model)
         self.name = Path(model).resolve().name if Path(model).is_dir() else Path(model).name
         self.version = f"{_TEMPLATE}-{texts}"
         self.concurrency = 2 * batch_size  # while one batch is answered, the next one gathers
@@ -273,8 +275,8 @@ def _pictures(images: Sequence[bytes], max_pixels: int) -> list[Image.Image]:
     pictures = []
     for number, data in enumerate(images, 1):
         try:
-            picture = Image.open(io.BytesIO(data)).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
+            picture = image_files.rgb(data)
+        except ValueError as error:
             raise ValueError(f"Image {number} cannot be read: {error}") from error
         scale = math.sqrt(max_pixels / (picture.width * picture.height))
         if scale < 1:

@@ -6,9 +6,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
+from vp_rl.files.paths import user_path
 from vp_rl.types import ASPECTS, Aspect
 
 RATINGS_FORM = """\
@@ -48,7 +48,7 @@ def read_guidelines(names: Sequence[str], folder: str | None) -> dict[str, str]:
         ValueError: one is missing or empty.
     """
     packaged = resources.files("vp_rl.annotators") / "guidelines"
-    place = packaged if folder is None else Path(folder)
+    place = packaged if folder is None else user_path(folder)
     texts = {}
     for name in names:
         try:

@@ -26,6 +26,7 @@ from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.algorithms.prompt_training import Resumable
 from vp_rl.callbacks.checkpoint_files import AtomicCheckpointIO, order
 from vp_rl.configuration.kinds import Count, Seconds, Text
+from vp_rl.files.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class RunCheckpoints(Checkpoint):
             raise ValueError(f"callbacks.checkpoint.grace={grace} must be more than 0 seconds.")
         self.settings: Mapping[str, Any] = {}
         """The run's, to be kept in its checkpoints; whoever composed them sets this."""
-        self._folder, self._every, self._keep, self._grace = Path(folder), every_n_epochs, keep, grace
+        self._folder, self._every, self._keep, self._grace = user_path(folder), every_n_epochs, keep, grace
         self._replaced: dict[int, Any] = {}
         self._asked: int | None = None  # the signal that has come
         self._running = False

@@ -25,6 +25,7 @@ from vp_rl.evaluation.grid import grid
 from vp_rl.evaluation.images import Evaluation, Evaluator, Pixels, interleave
 from vp_rl.evaluation.signs import Moment, Sign, moment, signs
 from vp_rl.evaluation.store import NOTHING, Kept, Store
+from vp_rl.files.paths import user_path
 from vp_rl.types import Usage
 
 log = logging.getLogger(__name__)
@@ -110,8 +111,8 @@ class HeldOutEvaluation(lightning.Callback):
 
         if self._judged is not None and self._kept is NOTHING and trainer.is_global_zero:
             try:
-                self._kept = Kept(Store(Path(self._judged)))
-            except ValueError as error:
+                self._kept = Kept(Store(user_path(self._judged)))
+            except OSError as error:
                 raise ValueError(f"callbacks.held_out.judged: {error} With null no answers are kept.") from error
 
     def teardown(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:

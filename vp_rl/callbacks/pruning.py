@@ -10,6 +10,7 @@ from typing import Any
 import lightning
 
 from vp_rl.configuration.kinds import Count, Text
+from vp_rl.files.paths import user_path
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class SweepPruning(lightning.Callback):
     ) -> None:
         if warmup < 1 or least < 1:
             raise ValueError(f"callbacks.pruning.warmup={warmup} and least={least} must be at least 1.")
-        self._folder, self._metric, self._warmup, self._least = Path(folder), metric, warmup, least
+        self._folder, self._metric, self._warmup, self._least = user_path(folder), metric, warmup, least
         self._best, self._given_up = -math.inf, False
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:

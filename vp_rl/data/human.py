@@ -1,12 +1,10 @@
 """Preference pairs to train a reward model on, from sets that people have judged (conf/human/)."""
 
-import io
 import logging
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from itertools import chain, combinations
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +18,8 @@ from vp_rl.configuration.kinds import Count, Seed, Several, Share, Text, Whole
 from vp_rl.data.preferences import PairLoaders, shifted
 from vp_rl.data.sets.base import HumanSet, Judged
 from vp_rl.data.sets.pack import Pack, packed
+from vp_rl.files import images as image_files
+from vp_rl.files.paths import user_path
 from vp_rl.types import ASPECTS, PreferenceBatch, Split
 from vp_rl.visionprefer.schema import SPLITS
 
@@ -98,7 +98,7 @@ class HumanDataModule(PairLoaders):
         if size < 1 or group < 2 or batch_size < 1:
             raise ValueError(f"data.size={size}, data.group={group}, data.batch_size={batch_size}: one is too small.")
         self._sets: dict[Split, Mapping[str, HumanSet]] = {"train": train, "validation": validation, "test": test}
-        self._share, self._size, self._group, self._cache = validation_share, size, group, Path(cache)
+        self._share, self._size, self._group, self._cache = validation_share, size, group, user_path(cache)
 
     def prepare_data(self) -> None:
         """Downloads what is absent, and copies the images of sets that cannot be read in any order.
@@ -234,9 +234,8 @@ class ComparedPrompts(Dataset[Seen]):
 
 
 def scaled(content: bytes, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """An image file's pixels: shorter side to `size` (bicubic), centre crop; EXIF rotation is not applied."""
-    with Image.open(io.BytesIO(content)) as opened:
-        image = opened.convert("RGB")
+    """An image file's pixels: shorter side to `size` (bicubic), centre crop; of the picture as people saw it."""
+    image = image_files.rgb(content)
     short = min(image.size)
     width, height = (size * side // short for side in image.size)
     if (width, height) != image.size:

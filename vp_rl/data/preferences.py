@@ -1,6 +1,5 @@
 """Preference pairs to train a reward model on, from a VisionPrefer dataset that is built if it is absent."""
 
-import io
 import logging
 import math
 import zlib
@@ -11,16 +10,18 @@ from typing import Any, NamedTuple
 
 import lightning
 import numpy as np
-import pyarrow.parquet as parquet
 import torch
 from einops import rearrange
 from jaxtyping import UInt8
-from PIL import Image, ImageOps
+from PIL import ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from vp_rl.configuration.kinds import Count, Part, Seed, Text, Whole
+from vp_rl.files import images as image_files
+from vp_rl.files import parquet
+from vp_rl.files.paths import user_path
 from vp_rl.types import ASPECTS, Aspect, Images, PreferenceBatch, Split
 from vp_rl.visionprefer import schema
 from vp_rl.visionprefer.build import Builder
@@ -54,7 +55,7 @@ class RatedPrompts(Dataset[RatedPrompt]):
         self._wanted: list[int] = []
         first = 0
         for file in schema.shards(folder, split):
-            for batch in parquet.ParquetFile(file).iter_batches(_AT_ONCE, columns=list(COLUMNS)):
+            for batch in parquet.batches(file, _AT_ONCE, COLUMNS):
                 ratings, _ = Batch(batch).ratings(self._annotator)
                 self._wanted += (first + np.unique(all_pairs(ratings, rule).prompt)).tolist()
                 first += len(ratings)
@@ -154,7 +155,7 @@ class PreferenceDataModule(PairLoaders):
         aspects_of(aspects)
         if not 0 < share <= 1:
             raise ValueError(f"data.share={share} must be above 0 and at most 1.")
-        self._folder, self._rule, self._share, self._builder = Path(folder), aspects, share, builder
+        self._folder, self._rule, self._share, self._builder = user_path(folder), aspects, share, builder
 
     def prepare_data(self) -> None:
         """Builds the dataset where there is none; one process of a machine does.
@@ -246,8 +247,8 @@ def decode(encoded: Sequence[bytes]) -> UInt8[np.ndarray, "batch height width 3"
     images = []
     for number, data in enumerate(encoded):
         try:
-            images.append(Image.open(io.BytesIO(data)).convert("RGB"))
-        except OSError as error:
+            images.append(image_files.rgb(data))
+        except ValueError as error:
             raise ValueError(f"Image {number} of a batch of {len(encoded)} cannot be decoded: {error}") from error
     size = min(image.width for image in images), min(image.height for image in images)
     return np.stack([np.asarray(image if image.size == size else ImageOps.fit(image, size)) for image in images])

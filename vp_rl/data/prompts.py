@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import lightning
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from vp_rl.configuration.kinds import Count, Seed, Text
 from vp_rl.data.preferences import best_images
+from vp_rl.files.paths import user_path
 from vp_rl.functional import seed_of
 from vp_rl.interfaces import PromptSource
 from vp_rl.types import PromptBatch
@@ -79,7 +79,7 @@ class PromptDataModule(lightning.LightningDataModule):
                 f"{devices} devices), but the train split has {len(self._prompts)}: "
                 "give more prompts or lower data.batch_size."
             )
-        self._pairs = best_images(Path(self._folder), "train") if self._folder else []
+        self._pairs = best_images(user_path(self._folder), "train") if self._folder else []
 
     def train_dataloader(self) -> Iterable[Any]:
         """What the algorithm makes of an epoch's prompts."""

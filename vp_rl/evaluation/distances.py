@@ -17,11 +17,11 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor, nn
 
 from vp_rl.evaluation.compare import BASE, Rival
 from vp_rl.evaluation.looks import Pixels
+from vp_rl.files import images as image_files
 
 _SIGMA, _SCALE = 10.0, 1000.0
 _AT_ONCE = 64  # images; rows of the kernel are a multiple of it
@@ -131,7 +131,7 @@ def encode(encoder: Encoder, images: Iterable[np.ndarray], device: torch.device)
 
 
 def images_in(folder: Path) -> Iterator[np.ndarray]:
-    """The pictures in a folder and those below it, by name, as RGB.
+    """The pictures in a folder and those below it, by name, as RGB and as they are meant to be seen.
 
     Raises:
         FileNotFoundError: there are none.
@@ -142,10 +142,9 @@ def images_in(folder: Path) -> Iterator[np.ndarray]:
         raise FileNotFoundError(f"reference='{folder}' is no folder with images ({', '.join(_KINDS)}).")
     for file in files:
         try:
-            with Image.open(file) as image:
-                yield np.asarray(image.convert("RGB"))
-        except OSError as error:
-            raise ValueError(f"reference: '{file}' is no image that can be read ({error}): take it out.") from error
+            yield image_files.read(file)
+        except ValueError as error:
+            raise ValueError(f"reference: {error} Take it out, or put it right.") from error
 
 
 class _Same(nn.Module):

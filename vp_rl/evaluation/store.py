@@ -1,9 +1,7 @@
 """What an evaluation has made before, by its content: images, text encodings, scores and ratings on disk."""
 
 import hashlib
-import io
 import json
-import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -11,15 +9,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from PIL import Image
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
+from vp_rl.files import images as image_files
+from vp_rl.files import sqlite
 from vp_rl.types import Conditioning
 from vp_rl.visionprefer.generate import as_png
 
 _AT_ONCE = 500  # keys in a question to SQLite
-_PATIENCE = 60.0  # seconds that another process may hold the file
+_WHAT = "a cache of evaluations"
+_TABLE = "CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB);"
 
 
 class Store:
@@ -31,37 +31,29 @@ class Store:
         file: None: nothing is kept.
 
     Raises:
-        ValueError: the file is no such store.
+        OSError: the file is no such store, or cannot be used; here and later.
     """
 
     def __init__(self, file: Path | None) -> None:
-        self._connection: sqlite3.Connection | None = None
-        if file is None:
-            return
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._connection = sqlite3.connect(file, timeout=_PATIENCE, check_same_thread=False)
-            with self._connection:
-                self._connection.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB)")
-        except sqlite3.DatabaseError as error:
-            self.close()
-            raise ValueError(f"{file} is no cache of evaluations ({error}): remove it, or give another.") from error
+        self._file = file
+        self._connection = None if file is None else sqlite.opened(file, _WHAT, _TABLE, durable=False)
 
     def get(self, keys: Sequence[str]) -> dict[str, bytes]:
         """Those that are there."""
-        if self._connection is None:
+        if self._file is None or self._connection is None:
             return {}
         found: dict[str, bytes] = {}
         for start in range(0, len(keys), _AT_ONCE):
             some = keys[start : start + _AT_ONCE]
             marks = ", ".join("?" * len(some))
-            found |= dict(self._connection.execute(f"SELECT key, value FROM kept WHERE key IN ({marks})", some))
+            with sqlite.told(self._file, _WHAT):
+                found |= dict(self._connection.execute(f"SELECT key, value FROM kept WHERE key IN ({marks})", some))
         return found
 
     def put(self, items: Iterable[tuple[str, bytes]]) -> None:
         """All of them, or none if this is broken off."""
-        if self._connection is not None:
-            with self._connection:
+        if self._file is not None and self._connection is not None:
+            with sqlite.told(self._file, _WHAT), self._connection:
                 self._connection.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", list(items))
 
     def close(self) -> None:
@@ -116,7 +108,7 @@ def pack_image(pixels: UInt8[np.ndarray, "height width 3"]) -> bytes:
 
 def unpack_image(data: bytes) -> UInt8[np.ndarray, "height width 3"]:
     """What `pack_image` packed."""
-    return np.asarray(Image.open(io.BytesIO(data)))
+    return image_files.pixels(data)
 
 
 def pack_row(conditioning: Conditioning, row: int) -> bytes:

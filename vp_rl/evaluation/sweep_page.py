@@ -11,6 +11,7 @@ from PIL import Image
 
 from vp_rl.evaluation.compare import Change
 from vp_rl.evaluation.report import PAGES, Row, duration, embed, row
+from vp_rl.files import images as image_files
 
 _METRICS = ("mean_rating", "correct", "reward", "prompt_following")
 _WIDTH, _HEIGHT = 1600, 200  # pixels of a run's strip of images, at most
@@ -94,8 +95,8 @@ def _strips(run: Path) -> tuple[str, str]:
     """The last of a run's grids of samples, taken apart: the base's row, and the policy's below it."""
     grids = sorted((run / "samples").glob("epoch_*.png"), key=lambda file: int(re.sub(r"\D", "", file.stem) or 0))
     try:
-        image = Image.open(grids[-1]).convert("RGB")
-    except (IndexError, OSError):  # none yet, or it is just being written
+        image = Image.fromarray(image_files.read(grids[-1]))
+    except (IndexError, OSError, ValueError):  # none yet, or it is just being written
         return "", ""
     half = image.height // 2
     halves = (image.crop((0, 0, image.width, half - 1)), image.crop((0, half + 1, image.width, image.height)))

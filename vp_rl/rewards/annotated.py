@@ -59,13 +59,17 @@ class AnnotatedReward(Reward):
         self._unrated = unrated
 
     def forward(self, images: Images, prompts: list[str]) -> Scores:
-        """Scores from 1 to 5 on the images' device.
+        """Scores from 1 to 5 on the images' device; not a number for one that is not finite: nobody is shown it.
 
         Raises:
             ConnectionError: the annotator did not answer, though it tried.
             ValueError: it refuses an image or cannot be read, and `unrated` is None; or it never will answer.
         """
-        return torch.tensor(wait(self._rate_all(images, prompts)), dtype=torch.float32, device=images.device)
+        finite = images.detach().isfinite().flatten(1).all(1)
+        shown = [prompt for prompt, whole in zip(prompts, finite.tolist(), strict=True) if whole]
+        scores = torch.full((len(prompts),), torch.nan, device=images.device)
+        scores[finite] = torch.tensor(wait(self._rate_all(images[finite], shown)), device=images.device)
+        return scores
 
     async def _rate_all(self, images: Images, prompts: list[str]) -> list[float]:
         gate = asyncio.Semaphore(self._concurrency)

@@ -4,11 +4,14 @@
     HPS v2.1      cosine, as `hpsv2.score` returns it; its tables quote 100 times this
     PickScore     cosine * exp(logit_scale), which is about 100
 
-They differ in nothing else but weights, how they are stored, and what is done with images that are not square.
+They differ in nothing else but weights, how they are stored, what is done with images that are not square, and that
+open_clip, which HPS v2.1 is scored with, mends broken text and HTML's `&amp;` before it reads a prompt.
 """
 
+import html
 import math
 
+import ftfy
 from jaxtyping import Float
 from torch import Tensor
 from transformers import CLIPTokenizer
@@ -35,6 +38,7 @@ class CLIPReward(Reward):
         scale: what the cosine is multiplied by.
         fit: what is done with images that are not square. `crop`: the shorter side is resized, the rest cropped, as
             CLIP does it; `pad`: the longer side is resized, black bars are added, as HPS v2 does it.
+        mends: whether prompts are read as open_clip reads them.
 
     Raises:
         ValueError: `scale` or `fit` is none of these.
@@ -43,7 +47,13 @@ class CLIPReward(Reward):
     differentiable = True
 
     def __init__(
-        self, towers: Towers, tokenizer: CLIPTokenizer, colours: Colours, scale: float | None = 1.0, fit: str = "crop"
+        self,
+        towers: Towers,
+        tokenizer: CLIPTokenizer,
+        colours: Colours,
+        scale: float | None = 1.0,
+        fit: str = "crop",
+        mends: bool = False,
     ) -> None:
         super().__init__()
         if scale is not None and not scale > 0:
@@ -52,6 +62,7 @@ class CLIPReward(Reward):
             raise ValueError(f"reward.fit={fit!r} must be one of {', '.join(_FITS)}.")
         self.towers, self.tokenizer, self.colours, self.fit = towers, tokenizer, colours, fit
         self.scale = towers.logit_scale if scale is None else scale
+        self._mends = mends
         self._end = tokenizer.get_vocab()[str(tokenizer.eos_token)]
 
     @classmethod
@@ -116,13 +127,21 @@ class CLIPReward(Reward):
         )
         wrong = f"reward.init={init!r} does not fit reward.architecture={architecture!r} (its names of tensors)"
         towers = Towers.of(config, state, dtype, wrong)
-        return cls._of(towers, (architecture, "reward.architecture", None), scale, fit)
+        return cls._of(towers, (architecture, "reward.architecture", None), scale, fit, mends=True)
 
     @classmethod
-    def _of(cls, towers: Towers, processor: tuple[str, str, str | None], scale: float | None, fit: str) -> "CLIPReward":
+    def _of(
+        cls,
+        towers: Towers,
+        processor: tuple[str, str, str | None],
+        scale: float | None,
+        fit: str,
+        *,
+        mends: bool = False,
+    ) -> "CLIPReward":
         source, setting, revision = processor
         words = read_tokenizer(source, setting, towers.words, revision)
-        return cls(towers, words, read_colours(source, setting, towers.size, revision), scale, fit)
+        return cls(towers, words, read_colours(source, setting, towers.size, revision), scale, fit, mends)
 
     def forward(self, images: Images, prompts: list[str]) -> Scores:
         """Scores in float32; gradients flow to the images.
@@ -141,8 +160,14 @@ class CLIPReward(Reward):
     def read(self, prompts: list[str]) -> Float[Tensor, "batch features"]:
         """The embeddings of prompts, of length 1, in float32; what is too long is cut."""
         different = list(dict.fromkeys(prompts))
+        texts = [mended(prompt) for prompt in different] if self._mends else different
         tokens = self.tokenizer(
-            different, padding=True, truncation=True, max_length=self.towers.longest, return_tensors="pt"
+            texts, padding=True, truncation=True, max_length=self.towers.longest, return_tensors="pt"
         )
         read = self.towers.read(tokens.input_ids.to(self.towers.text.device), self._end)
         return read[[different.index(prompt) for prompt in prompts]]
+
+
+def mended(prompt: str) -> str:
+    """As `basic_clean` of open_clip's tokenizer: wrongly decoded text put right, HTML's names of characters gone."""
+    return html.unescape(html.unescape(ftfy.fix_text(prompt))).strip()

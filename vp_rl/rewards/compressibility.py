@@ -28,10 +28,12 @@ class CompressibilityReward(Reward):
         self.sign = 1 if incompressible else -1
 
     def forward(self, images: Images, prompts: list[str]) -> Scores:
-        """Scores in float32, one for each image at its own size."""
-        pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8)
+        """Scores in float32, one for each image at its own size; not a number for an image that is not finite."""
+        given = images.detach().float()
+        pixels = (given * 255).round().clamp(0, 255).to(torch.uint8)
         sizes = [_kilobytes(Image.fromarray(each)) for each in pixels.permute(0, 2, 3, 1).cpu().numpy()]
-        return self.sign * torch.tensor(sizes, dtype=torch.float32, device=images.device)
+        scores = self.sign * torch.tensor(sizes, dtype=torch.float32, device=images.device)
+        return scores.masked_fill(~given.isfinite().flatten(1).all(1), torch.nan)  # in 8 bits it would be one colour
 
 
 def _kilobytes(image: Image.Image) -> float:

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from vp_rl.configuration.kinds import Count, Seed, Text
+from vp_rl.files import paths
 from vp_rl.interfaces import PromptSource
 from vp_rl.types import Split
 from vp_rl.visionprefer.raw import Columns, RawPrompt, read_file, sample
@@ -34,8 +35,8 @@ class BenchmarkPrompts(PromptSource):
         limit: Count | None = None,
         seed: Seed = 0,
     ) -> None:
-        if Path(path).is_dir():
-            read = {_ENDING.sub("", file.stem): read_file(str(file), Columns()) for file in _texts(Path(path))}
+        if (folder := paths.user_path(path)).is_dir():
+            read = {_ENDING.sub("", file.stem): read_file(str(file), Columns()) for file in _texts(folder)}
             rows = [RawPrompt(each.text, name=name) for name, prompts in read.items() for each in prompts]
         else:
             rows = read_file(path, Columns(column, id=category_column))

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import pyarrow.parquet as parquet
 import yaml
 from huggingface_hub import DatasetCardData
 
+from vp_rl.files import parquet
 from vp_rl.secrets import mask
 from vp_rl.visionprefer import agreement, plots, tables
 from vp_rl.visionprefer.journal import Spent
@@ -134,7 +134,7 @@ def _samples(folder: Path, annotator: str, files: Sequence[Path], number: int) -
     shown = []
     for file, group, row in random.Random(0).sample(places, min(number, len(places))):
         columns = ["prompt", "images", "annotations"]
-        [found] = parquet.ParquetFile(file).read_row_group(group, columns).slice(row, 1).to_pylist()
+        [found] = parquet.values(file, parquet.row_group(file, group, columns).slice(row, 1))
         said: dict[str, dict[str, int]] = {image["image_id"]: {} for image in found["images"]}
         for note in found["annotations"]:
             if note["annotator"] == annotator:
@@ -190,9 +190,9 @@ def _plain(settings: Mapping[str, Any]) -> Any:
 
 
 def _group_rows(file: Path) -> list[int]:
-    about = parquet.read_metadata(file)
+    about = parquet.metadata(file)
     return [about.row_group(group).num_rows for group in range(about.num_row_groups)]
 
 
 def _rows(file: Path) -> int:
-    return parquet.read_metadata(file).num_rows
+    return parquet.metadata(file).num_rows

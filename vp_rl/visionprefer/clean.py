@@ -15,6 +15,7 @@ from jaxtyping import Float
 from tqdm import tqdm
 
 from vp_rl.configuration.kinds import Count, Part, Share, Text, Whole
+from vp_rl.files import paths, tables
 from vp_rl.types import Dropped
 from vp_rl.visionprefer.diversity import farthest_first
 from vp_rl.visionprefer.markdown import escape
@@ -163,15 +164,15 @@ def _pattern(unsafe_words: str) -> re.Pattern[str]:
     Raises:
         ValueError: the list cannot be read, or is empty.
     """
-    file = Path(unsafe_words)
+    file = paths.user_path(unsafe_words)
     if unsafe_words == "english":
         package = find_spec("better_profanity")  # its own search also finds words that are spelt otherwise: hours here
         if package is None or package.origin is None:
             raise ValueError("unsafe_words=english needs a package: pip install 'vp_rl[words]', or name a file.")
         file = Path(package.origin).with_name("profanity_wordlist.txt")
     try:
-        words = {normalise(line).casefold() for line in file.read_text(encoding="utf-8").splitlines()} - {""}
-    except (OSError, UnicodeDecodeError) as error:
+        words = {normalise(line).casefold() for _, line in tables.lines(file)} - {""}
+    except (OSError, ValueError) as error:
         raise ValueError(f"unsafe_words={unsafe_words!r} must be a UTF-8 text file, a word a line: {error}") from error
     if not words:
         raise ValueError(f"unsafe_words={unsafe_words!r} has no word in it.")

@@ -6,6 +6,8 @@ from jaxtyping import Float
 from tqdm import tqdm
 from transformers import AutoModel, AutoTokenizer
 
+from vp_rl.files.paths import user_place
+
 
 def farthest_first(vectors: Float[np.ndarray, "prompts features"], count: int) -> list[int]:
     """Indices of `count` vectors, each the one that is least like those before it (Gonzalez 1985).
@@ -46,8 +48,8 @@ class SentenceEmbedder:
 
     def __init__(self, path: str = "sentence-transformers/all-MiniLM-L6-v2", batch_size: int = 64) -> None:
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModel.from_pretrained(path)  # in evaluation mode
+            self._tokenizer = AutoTokenizer.from_pretrained(user_place(path))
+            model = AutoModel.from_pretrained(user_place(path))  # in evaluation mode
         except (OSError, ValueError) as error:
             raise ValueError(f"embedder.path={path!r} is no model in transformers' format: {error}") from error
         self._model = model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,6 +1,5 @@
 """Stage 5 of VisionPrefer: rows out of images and answers, written as a dataset with its card."""
 
-import io
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,9 +9,9 @@ from typing import NamedTuple
 
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from PIL import Image
 from tqdm import tqdm
 
+from vp_rl.files import images as image_files
 from vp_rl.types import ASPECTS, Dropped, GivenImage
 from vp_rl.visionprefer import annotate, schema
 from vp_rl.visionprefer.annotate import Call, Note, Opinion
@@ -112,7 +111,7 @@ def _by_prompt(rated: Rated, journal: Journal) -> Iterator[list[tuple[Opinion, N
     """Everything that was said of each prompt's images, prompt by prompt."""
     streams = []
     for opinion, calls in rated.opinions:
-        streams.append((opinion, zip(calls, annotate.notes(opinion, calls, journal), strict=True)))
+        streams.append((opinion, _read(opinion, calls, journal)))
     heads = {opinion.name: next(stream, None) for opinion, stream in streams}
     for item in rated.items:
         said: list[tuple[Opinion, Note]] = []
@@ -123,6 +122,25 @@ def _by_prompt(rated: Rated, journal: Journal) -> Iterator[list[tuple[Opinion, N
                 head = next(stream, None)
             heads[opinion.name] = head
         yield said
+
+
+def _read(opinion: Opinion, calls: Sequence[Call], journal: Journal) -> Iterator[tuple[Call, list[Note] | None]]:
+    """Each call with what was answered.
+
+    Raises:
+        ValueError: an accepted answer cannot be read today; says which, and how to have it asked again.
+    """
+    notes = annotate.notes(opinion, calls, journal)
+    for call in calls:
+        try:
+            yield call, next(notes)
+        except ValueError as error:
+            row = f"key = x'{annotate.key(opinion.annotator, call).hex()}'"
+            raise ValueError(
+                f"What {opinion.name} answered on the {call.aspect} of {', '.join(call.images)}, of the prompt "
+                f"{call.item.prompt[:200]!r}, was accepted and cannot be read now: {error}. To have it asked again, "
+                f"DELETE FROM answers WHERE {row} in '{journal.file}', and build once more."
+            ) from error
 
 
 def _row(item: Item, rated: Rated, notes: list[tuple[Opinion, Note]], store: ImageStore) -> schema.Row:
@@ -152,8 +170,12 @@ def _row(item: Item, rated: Rated, notes: list[tuple[Opinion, Note]], store: Ima
 
 def _image(image_id: str, origin: Recipe | GivenImage, data: bytes) -> schema.Row:
     made = isinstance(origin, Recipe)
-    with Image.open(io.BytesIO(data)) as picture:  # reads the header only
-        width, height = picture.size
+    try:
+        width, height = image_files.size(data)
+    except ValueError as error:
+        raise ValueError(
+            f"The image {image_id} of the work folder is no longer one ({error}): remove its file, and build again."
+        ) from error
     return {
         "image_id": image_id,
         "image": {"bytes": data, "path": None},

@@ -1,28 +1,28 @@
 """Images of one's own to be rated, instead of new ones."""
 
-import csv
-import io
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vp_rl.configuration.kinds import Seed, Text, Whole
+from vp_rl.files import paths, tables
 from vp_rl.interfaces import PromptSource
 from vp_rl.types import Dropped, GivenImage, Split
 from vp_rl.visionprefer.prompts import split_prompts
+
+_ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 
 
 class ImageFolder(PromptSource):
     """Images that exist already, with their prompts: they are rated instead of new ones.
 
     The sidecar has an entry for each image: `file` (its path, relative to the folder), `prompt`, and if it is known
-    `generator`; as JSON objects, one a line, or as CSV with a header. Further columns, and files that it does not
-    name, are left alone. The images are not opened here: see `pictures.read`.
+    `generator`; as JSON objects, one a line, as CSV with a header, or another table (see `tables.rows`). Further
+    columns, and files that it does not name, are left alone. The images are not opened here: see `pictures.read`.
 
     Args:
         folder: where the images are.
-        sidecar: the sidecar file's name in the folder, ending in .jsonl or .csv.
+        sidecar: the sidecar file's name in the folder, ending as its kind does: .jsonl, .csv, ...
         validation, test, seed: see `FilePrompts`.
 
     Raises:
@@ -40,25 +40,23 @@ class ImageFolder(PromptSource):
         test: Whole = 128,
         seed: Seed | None = None,
     ) -> None:
-        self.folder, place = Path(folder), Path(folder) / sidecar
+        self.folder = paths.user_path(folder)
+        place = self.folder / paths.user_path(sidecar)
         if not place.is_file():
             raise FileNotFoundError(
                 f"No sidecar file at '{place}': write one (JSONL or CSV with `file`, `prompt` and, if known, "
                 "`generator`), or name the one that there is as `sidecar`."
             )
-        readers = {".jsonl": _json_lines, ".csv": _csv_rows}
-        if place.suffix.lower() not in readers:
-            raise ValueError(f"The sidecar '{place}' is of no known kind: its name must end in .jsonl or .csv.")
-        try:
-            text = place.read_text(encoding="utf-8-sig")  # Excel's CSV begins with a mark
-        except UnicodeDecodeError as error:
-            raise ValueError(f"'{place}' is not UTF-8 (byte {error.start}): save it as that.") from error
+        if place.suffix.lower() not in _ENDINGS:
+            raise ValueError(
+                f"The sidecar '{place}' is of no known kind: its name must end in one of {', '.join(_ENDINGS)}."
+            )
         self._images: dict[str, list[GivenImage]] = {}
         known = set[Path]()
-        for line, entry in readers[place.suffix.lower()](text, place):
-            prompt, given = self._entry(entry, f"'{place}', line {line}")
+        for line, entry in tables.objects(place, ["file", "prompt"], ["generator"]):
+            prompt, given = self._entry(entry, f"'{place}', {line}")
             if given.file in known:
-                raise ValueError(f"'{place}', line {line}: {entry['file']!r} has an entry already.")
+                raise ValueError(f"'{place}', {line}: {entry['file']!r} has an entry already.")
             known.add(given.file)
             self._images.setdefault(prompt, []).append(given)
         if not known:
@@ -85,10 +83,6 @@ class ImageFolder(PromptSource):
         generator = entry.get("generator") or "unknown"
         if not isinstance(generator, str):
             raise ValueError(f"{where}: the `generator` {generator!r} is no text.")
-        try:
-            entry["prompt"].encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(f"{where}: the prompt has half a surrogate pair, which no file can hold.") from error
         return entry["prompt"].strip(), GivenImage(self._file(entry["file"].strip(), where), generator.strip())
 
     def _file(self, name: str, where: str) -> Path:
@@ -102,29 +96,3 @@ class ImageFolder(PromptSource):
         if not there:
             raise FileNotFoundError(f"{where}: no file {name!r} in '{self.folder}'.")
         return file
-
-
-def _json_lines(text: str, place: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for line, content in enumerate(text.split("\n"), 1):  # not splitlines: prompts may hold other separators
-        if not content.strip():
-            continue
-        try:
-            entry = json.loads(content)
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits is a plain ValueError
-            raise ValueError(f"'{place}', line {line}: malformed JSON: {error}") from error
-        if not isinstance(entry, dict):
-            raise ValueError(f"'{place}', line {line}: {content[:80]!r} is no JSON object.")
-        yield line, entry
-
-
-def _csv_rows(text: str, place: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    try:
-        for entry in reader:
-            if None in entry:
-                raise ValueError(
-                    f"'{place}', line {reader.line_num}: more fields than the header has; quote a prompt with commas."
-                )
-            yield reader.line_num, entry
-    except csv.Error as error:
-        raise ValueError(f"'{place}', line {reader.line_num}: malformed CSV: {error}") from error

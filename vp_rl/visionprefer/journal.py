@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from vp_rl.files import sqlite
 from vp_rl.secrets import mask
 from vp_rl.types import Usage
 
@@ -87,15 +88,7 @@ class Journal:
         self._waiting: list[tuple[Entry, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
-        try:
-            self._database = sqlite3.connect(file, check_same_thread=False)
-            self._database.execute("PRAGMA journal_mode=WAL")
-            self._database.execute("PRAGMA synchronous=FULL")  # an answer is paid for: it must outlive a power cut
-            self._database.executescript(_TABLE)
-        except sqlite3.Error as error:
-            raise OSError(
-                f"The journal {file} cannot be used ({error}). Is the disk full, or is it another file?"
-            ) from error
+        self._database = sqlite.opened(file, "a journal of answers", _TABLE)  # each is paid for: durable
 
     def close(self) -> None:
         """Everything written is on disk already; this lets the file go."""

@@ -5,6 +5,7 @@ what an image is. The page has no passwords: it is for people at the machine it 
 through another site's page or under another site's name.
 """
 
+import asyncio
 import hashlib
 import logging
 import math
@@ -17,10 +18,10 @@ from pathlib import Path
 from urllib.parse import urlencode
 
 import jinja2
-import pyarrow.parquet as parquet
 from aiohttp import web
 from markdown_it import MarkdownIt
 
+from vp_rl.files import parquet
 from vp_rl.visionprefer.ratings import shards
 from vp_rl.visionprefer.votes import CHOICES, OVERALL, Choice, Vote, Votes, voter_is_named
 
@@ -158,9 +159,15 @@ class Labeler:
             raise web.HTTPBadRequest(text="There is no such choice.")
         try:
             seconds = float(str(form.get("seconds", "")))
-            self._votes.add(Vote(voter, pair.prompt_id, *self._sides(voter, pair), pair.aspect, choice, seconds))
+            vote = Vote(voter, pair.prompt_id, *self._sides(voter, pair), pair.aspect, choice, seconds)
+            await asyncio.to_thread(self._votes.add, vote)  # another program may hold the file: others go on meanwhile
         except ValueError as error:
             raise web.HTTPBadRequest(text="A vote takes from no seconds to a day.") from error
+        except OSError as error:
+            log.warning("A vote was not kept: %s", error)
+            raise web.HTTPInsufficientStorage(
+                text=f"This vote was not kept. {error} Then go back and vote again."
+            ) from error
         self._done.setdefault(voter, set()).add(pair.key)
         raise web.HTTPSeeOther("/?" + urlencode({"voter": voter, "last": pair.key}))
 
@@ -202,9 +209,11 @@ def serve(labeler: Labeler, *, host: str = "127.0.0.1", port: int = 8780) -> Non
         port: of that address.
 
     Raises:
-        ValueError: the host stands for every address.
+        ValueError: the host stands for every address, or there is no such port.
         OSError: the port is taken.
     """
+    if not 0 < port < 2**16:
+        raise ValueError(f"port={port} must be a number from 1 to {2**16 - 1}.")
     if host in ("", "0.0.0.0", "::"):
         raise ValueError(f"host={host!r} would serve the page to every network: name the one address that is meant.")
     if host not in LOOPBACK:
@@ -233,14 +242,14 @@ def dataset_pairs(folder: Path, split: str, aspects: Sequence[str], prompts: int
     files = shards(folder).get(split)
     if not files:
         raise ValueError(f"'{folder}' has no {split} split in data/{split}-*.parquet.")
-    groups = [(file, group) for file in files for group in range(parquet.read_metadata(file).num_row_groups)]
+    groups = [(file, group) for file in files for group in range(parquet.metadata(file).num_row_groups)]
     rng.shuffle(groups)
     each, found = max(_GROUP_ROWS, math.ceil(prompts / max(len(groups), 1))), []
     for file, group in groups:
-        rows = parquet.ParquetFile(file).read_row_group(group, ["prompt_id", "prompt", "images"])
+        rows = parquet.row_group(file, group, ["prompt_id", "prompt", "images"])
         enough = [row for row in rng.sample(range(len(rows)), len(rows)) if len(rows["images"][row]) > 1]
         for row in enough[: min(each, prompts - len(found))]:
-            [chosen] = rows.slice(row, 1).to_pylist()
+            [chosen] = parquet.values(file, rows.slice(row, 1))
             images = {image["image_id"]: image["image"]["bytes"] for image in rng.sample(chosen["images"], 2)}
             found.append((chosen["prompt_id"], tuple(images), chosen["prompt"], images.__getitem__))
         if len(found) == prompts:

@@ -1,12 +1,12 @@
 """Prompts that say what must be in the image, so that an object detector can check it: GenEval's, and scenes."""
 
-import json
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vp_rl.configuration.kinds import Count, Seed, Text
+from vp_rl.files import paths, tables
 from vp_rl.interfaces import PromptSource
 from vp_rl.scenes.grammar import Scene, parse, unique_scenes
 from vp_rl.types import Split
@@ -65,7 +65,7 @@ class ObjectPrompts(PromptSource):
 
 
 class GenEvalPrompts(ObjectPrompts):
-    """GenEval's `evaluation_metadata.jsonl`, or a file like it: an object a line.
+    """GenEval's `evaluation_metadata.jsonl`, or a table like it: an object a line.
 
     `{"tag": "counting", "prompt": "a photo of two cups", "include": [{"class": "cup", "count": 2}], "exclude":
     [{"class": "cup", "count": 3}]}`; a clause of `include` may have a `color` and a `position`, which is a relation
@@ -91,15 +91,13 @@ class GenEvalPrompts(ObjectPrompts):
         seed: Seed = 0,
     ) -> None:
         found: dict[str, Wanted] = {}
-        for number, line in enumerate(_lines(path), 1):
-            if not line.strip():
-                continue
+        for place, row in tables.objects(_file(path), [column, category_column]):
             try:
-                prompt, wanted = _read(line, column, category_column)
+                prompt, wanted = _read(row, column, category_column)
                 if found.setdefault(prompt, wanted) != wanted:
                     raise ValueError(f"{prompt[:200]!r} was there before and asked for something else")
             except ValueError as error:
-                raise ValueError(f"{path}, line {number}: {error}.") from error
+                raise ValueError(f"{path}, {place}: {error}.") from error
         if not found:
             raise ValueError(f"prompts.path={path!r} has no prompts.")
         drawn = sample(len(found), limit, seed)
@@ -186,24 +184,16 @@ def of_scene(scene: Scene) -> Wanted:
 # --- one line
 
 
-def _lines(path: str) -> list[str]:
-    if not Path(path).is_file():
+def _file(path: str) -> Path:
+    file = paths.user_path(path)
+    if not file.is_file():
         raise FileNotFoundError(
             f"prompts.path={path!r} is no file: give GenEval's evaluation_metadata.jsonl (djghosh13/geneval, prompts/)."
         )
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a UTF-8 text file (byte {error.start}).") from error
+    return file
 
 
-def _read(line: str, column: str, category_column: str) -> tuple[str, Wanted]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"this is no JSON ({error})") from error
-    if not isinstance(row, dict):
-        raise ValueError("this is no object with columns")
+def _read(row: Mapping[str, Any], column: str, category_column: str) -> tuple[str, Wanted]:
     prompt, task = row.get(column), row.get(category_column)
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"it has no text in column {column!r}; it has {', '.join(row) or 'none'}")

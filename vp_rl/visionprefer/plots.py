@@ -1,6 +1,5 @@
 """The dataset card's pictures: PNG files as wide as a README, in colours that colour-blind readers can tell apart."""
 
-import io
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from PIL import Image
 
+from vp_rl.files import images as image_files
 from vp_rl.types import ASPECTS
 from vp_rl.visionprefer.statistics import Statistics
 
@@ -174,8 +173,8 @@ def _picture(axes: Axes, shown: Shown) -> None:
     axes.axis("off")
     axes.set_title(shown.caption, fontsize=10)
     try:
-        image = Image.open(io.BytesIO(shown.data)).convert("RGB")
-    except OSError:  # a card is no place to fail over one file of many
+        image = image_files.rgb(shown.data)
+    except ValueError:  # a card is no place to fail over one file of many
         axes.text(0.5, 0.5, "cannot be\ndecoded", ha="center", va="center", transform=axes.transAxes)
         return
     image.thumbnail((_THUMBNAIL, _THUMBNAIL))

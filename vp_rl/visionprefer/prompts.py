@@ -31,7 +31,7 @@ class ScenePrompts(PromptSource):
         self._seed = seed
 
     def split(self, name: Split) -> list[str]:
-        """`train`, `validation` or `test` different prompts, categories in equal shares."""
+        """`train`, `validation` or `test` different prompts; see `unique_scenes` for the shares of categories."""
         return [scene.prompt for scene in unique_scenes(name, self._sizes[name], self._seed)]
 
     def category(self, prompt: str) -> str:

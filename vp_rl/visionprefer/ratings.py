@@ -8,9 +8,9 @@ from typing import get_args
 import numpy as np
 import pyarrow
 import pyarrow.compute as compute
-import pyarrow.parquet as parquet
 from jaxtyping import Int
 
+from vp_rl.files import parquet
 from vp_rl.types import ASPECTS, Split
 from vp_rl.visionprefer.pairs import padded
 
@@ -42,7 +42,7 @@ def batches(folder: Path) -> Iterator[pyarrow.RecordBatch]:
     """All rows of all splits, with the columns that `Batch` needs; memory is that of a few thousand rows."""
     for files in shards(folder).values():
         for file in files:
-            yield from parquet.ParquetFile(file).iter_batches(_BATCH, columns=list(COLUMNS))
+            yield from parquet.batches(file, _BATCH, COLUMNS)
 
 
 class Batch:

@@ -1,17 +1,14 @@
 """Raw prompts as they stand in files and in datasets of the Hugging Face hub."""
 
-import csv
-import io
-import json
 import math
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import pyarrow
-import pyarrow.parquet as parquet
 from datasets import Dataset, load_dataset
+
+from vp_rl.files import paths, tables
 
 
 class RawPrompt(NamedTuple):
@@ -36,39 +33,18 @@ class Columns(NamedTuple):
         return list(dict.fromkeys([self.prompt, *self.nsfw, *([] if self.id is None else [self.id])]))
 
 
-Placed = tuple[str, object]
-"""Where a row stands, and the row: a prompt, or an object that has it in one of its columns."""
-
-
 def read_file(path: str, columns: Columns) -> list[RawPrompt]:
-    """The prompts of a UTF-8 file, in its order.
-
-    The name's ending says what it is: `.csv` or `.tsv` with a header; `.jsonl` (or `.ndjson`) with an object or a text
-    a line; `.json` with a list of either; `.parquet`; and anything else is a text file with one prompt a line, whose
-    blank lines are layout.
+    """The prompts of a file, in its order; its name's ending says what it is, see `tables.rows`.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it is not what its name says, or has not those columns.
     """
-    file = Path(path)
+    file = paths.user_path(path)
     if not file.is_file():
         raise FileNotFoundError(f"No prompt file at {path!r}: give a text file with one prompt a line, or a table.")
-    ending = file.suffix.lower()
-    if ending == ".parquet":
-        return _from_parquet(file, columns)
-    try:
-        text = file.read_bytes().decode("utf-8-sig")  # Excel begins its CSV files with a mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a UTF-8 text file (byte {error.start}): save it as one.") from error
-    readers: dict[str, Callable[[str, str], Iterable[Placed]]] = {
-        ".csv": _csv,
-        ".tsv": _tsv,
-        ".json": _json,
-        ".jsonl": _json_lines,
-        ".ndjson": _json_lines,
-    }
-    return [_raw(row, place, columns, path) for place, row in readers.get(ending, _lines)(text, path)]
+    names = columns.names()
+    return [_raw(row, place, columns, path) for place, row in tables.rows(file, names)]
 
 
 def read_hub(
@@ -96,9 +72,9 @@ def read_hub(
     Raises:
         ValueError: it cannot be had, whatever the reason, or has not those columns.
     """
-    given = files if files is None or isinstance(files, str) else list(files)
+    given = paths.user_place(files) if isinstance(files, str) else files and [*map(paths.user_place, files)]
     try:
-        table = load_dataset(dataset, config, data_files=given, split=split, revision=revision)
+        table = load_dataset(paths.user_place(dataset), config, data_files=given, split=split, revision=revision)
     # It lets through what any of its layers raises: network, file system, parsers, and a RuntimeError of its own.
     except Exception as error:
         place = dataset if given is None else f"{dataset} ({given})"
@@ -123,78 +99,6 @@ def sample(number: int, limit: int | None, seed: int) -> Sequence[int]:
     return sorted(random.Random(seed).sample(range(number), limit))
 
 
-# --- formats: each yields the place of a row, and the row
-
-
-def _lines(text: str, path: str) -> Iterator[Placed]:
-    for number, line in enumerate(_split_lines(text), 1):
-        if line.strip():
-            yield f"line {number}", line
-
-
-def _split_lines(text: str) -> list[str]:
-    """Not `str.splitlines`, which also cuts at U+2028 and others that a prompt may have."""
-    return text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-
-
-def _csv(text: str, path: str) -> Iterator[Placed]:
-    try:
-        rows = list(csv.DictReader(io.StringIO(text), strict=True))
-    except csv.Error as error:
-        raise ValueError(
-            f"{path} is no well-formed table ({error}): put prompts in quotes, and double the quotes in them."
-        ) from error
-    yield from _fitting(rows, path)
-
-
-def _tsv(text: str, path: str) -> Iterator[Placed]:
-    try:
-        rows = list(csv.DictReader(io.StringIO(text), dialect="excel-tab", strict=True))
-    except csv.Error:  # PartiPrompts is such a file: quotes in it are nothing but quotes
-        rows = list(csv.DictReader(io.StringIO(text), dialect="excel-tab", quoting=csv.QUOTE_NONE))
-    yield from _fitting(rows, path)
-
-
-def _fitting(rows: Iterable[Mapping[str | None, object]], path: str) -> Iterator[Placed]:
-    for number, row in enumerate(rows, 1):
-        if None in row:  # what DictReader files surplus fields under
-            raise ValueError(
-                f"{path}: row {number} has more fields than the header: put prompts with a separator in quotes."
-            )
-        yield f"row {number}", row
-
-
-def _json(text: str, path: str) -> Iterator[Placed]:
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is no JSON ({error}); with one object a line, its name must end in .jsonl."
-        ) from error
-    if not isinstance(rows, list):
-        raise ValueError(f"{path} holds no list: it must be a list of objects or of texts.")
-    for number, row in enumerate(rows, 1):
-        yield f"row {number}", row
-
-
-def _json_lines(text: str, path: str) -> Iterator[Placed]:
-    for place, line in _lines(text, path):
-        try:
-            row = json.loads(str(line))
-        except ValueError as error:
-            raise ValueError(f"{path} has no JSON in {place}: {error}") from error
-        yield place, row
-
-
-def _from_parquet(file: Path, columns: Columns) -> list[RawPrompt]:
-    try:
-        _check_columns(columns, parquet.read_schema(file).names, str(file))
-        table = parquet.read_table(file, columns=columns.names())
-    except pyarrow.ArrowException as error:
-        raise ValueError(f"{file} is no whole Parquet file: {error}") from error
-    return _from_table(table, range(table.num_rows), columns, str(file))
-
-
 def _from_table(table: pyarrow.Table, rows: Sequence[int], columns: Columns, origin: str) -> list[RawPrompt]:
     names = columns.names()
     cells = zip(*(table.column(name).to_pylist() for name in names), strict=True)
@@ -214,7 +118,6 @@ def _raw(row: object, place: str, columns: Columns, origin: str) -> RawPrompt:
         return RawPrompt(row, name=place)
     if not isinstance(row, Mapping):
         raise ValueError(f"{origin}: {place} is {type(row).__name__}; it must be an object with columns, or a text.")
-    _check_columns(columns, list(row), origin)
     text = row[columns.prompt]
     if text is not None and not isinstance(text, str):
         raise ValueError(f"{origin}: column {columns.prompt!r} is {type(text).__name__} in {place}, not text.")

@@ -11,9 +11,10 @@ from types import TracebackType
 from typing import Any, get_args
 
 import pyarrow
-import pyarrow.parquet as parquet
 from datasets import Features, Image, List, Value
+from pyarrow.parquet import ParquetWriter
 
+from vp_rl.files import parquet
 from vp_rl.types import Split
 
 VERSION = 2
@@ -104,7 +105,7 @@ class _Shards:
         self._folder, self._split = folder, split
         self._rows: list[Row] = []
         self._files: list[Path] = []
-        self._writer: parquet.ParquetWriter | None = None
+        self._writer: ParquetWriter | None = None
         self._bytes = self._waiting = 0
 
     def add(self, row: Row) -> None:
@@ -130,7 +131,7 @@ class _Shards:
         # The arrow schema carries the features, so that `datasets` decodes images without being told.
         if self._writer is None:
             self._files.append(self._folder / f"{self._split}-{len(self._files):05d}")
-            self._writer = parquet.ParquetWriter(self._files[-1], FEATURES.arrow_schema)
+            self._writer = ParquetWriter(self._files[-1], FEATURES.arrow_schema)
         self._writer.write_table(pyarrow.Table.from_pylist(self._rows, schema=FEATURES.arrow_schema))
         self._rows, self._waiting = [], 0
 
@@ -199,12 +200,7 @@ def read(folder: Path, split: Split) -> Iterator[Row]:
         FileNotFoundError, ValueError: see `shards`.
     """
     files = shards(folder, split)
-    return (
-        row
-        for file in files
-        for batch in parquet.ParquetFile(file).iter_batches(_ROW_GROUP)
-        for row in batch.to_pylist()
-    )
+    return (row for file in files for batch in parquet.batches(file, _ROW_GROUP) for row in parquet.values(file, batch))
 
 
 class Rows(Sequence[Row]):
@@ -219,7 +215,7 @@ class Rows(Sequence[Row]):
         self._ends: list[int] = []
         end = 0
         for file in shards(folder, split):
-            about_file = parquet.read_metadata(file)
+            about_file = parquet.metadata(file)
             for group in range(about_file.num_row_groups):
                 end += about_file.row_group(group).num_rows
                 self._groups.append((file, group))
@@ -236,4 +232,4 @@ class Rows(Sequence[Row]):
 
 @functools.lru_cache(_HELD)
 def _read_group(file: Path, group: int) -> pyarrow.Table:
-    return parquet.ParquetFile(file).read_row_group(group)
+    return parquet.row_group(file, group)

@@ -1,9 +1,11 @@
 """What people say of image pairs, kept in the same file as what annotators answered."""
 
-import sqlite3
+import threading
 import time
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
+
+from vp_rl.files import sqlite
 
 Choice = Literal["left", "right", "tie"]
 CHOICES: tuple[Choice, ...] = get_args(Choice)
@@ -13,6 +15,7 @@ OVERALL = "overall"
 
 _LONGEST = 200  # characters of a name
 _DAY = 86400.0
+_WHAT = "a file of votes"
 _TABLE = """
 CREATE TABLE IF NOT EXISTS votes (
     voter TEXT NOT NULL,
@@ -52,39 +55,44 @@ class Vote(NamedTuple):
 class Votes:
     """The table `votes` of an SQLite file. Votes are added, never changed: of one voter's on a question the last holds.
 
+    Threads may add and read at once.
+
     Args:
         file: made if it is absent; others may have it open.
 
     Raises:
-        sqlite3.Error: it cannot be written, or is no SQLite file.
+        OSError: it cannot be written, or is another kind of file.
     """
 
     def __init__(self, file: Path) -> None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(
-            file, timeout=30, isolation_level=None
-        )  # each statement is its own transaction
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute("PRAGMA synchronous=FULL")  # a vote outlives a power cut as soon as `add` returns
-        self._database.execute(_TABLE)
+        self._file, self._one_at_a_time = file, threading.Lock()
+        self._database = sqlite.opened(file, _WHAT, _TABLE)
 
     def add(self, vote: Vote) -> None:
         """Writes a vote to the disk; its time is now.
 
         Raises:
             ValueError: its parts make no sense.
-            sqlite3.Error: it cannot be written.
+            OSError: it cannot be written.
         """
         if not voter_is_named(vote.voter):
             raise ValueError(f"A voter's name is up to {_LONGEST} printable characters, not {vote.voter[:80]!r}.")
         if vote.choice not in CHOICES or vote.left == vote.right or not 0 <= vote.seconds <= _DAY:
             raise ValueError(f"No vote could be {vote}.")
-        self._database.execute("INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?, ?, ?)", vote._replace(created=time.time()))
+        row = vote._replace(created=time.time())
+        with sqlite.told(self._file, _WHAT), self._one_at_a_time, self._database:
+            self._database.execute("INSERT INTO votes VALUES (?, ?, ?, ?, ?, ?, ?, ?)", row)
 
     def read(self) -> list[Vote]:
-        """All votes that hold, oldest first."""
+        """All votes that hold, oldest first.
+
+        Raises:
+            OSError: the file is damaged.
+        """
         latest: dict[tuple, Vote] = {}
-        for row in self._database.execute("SELECT * FROM votes ORDER BY rowid"):
+        with sqlite.told(self._file, _WHAT), self._one_at_a_time:
+            rows = self._database.execute("SELECT * FROM votes ORDER BY rowid").fetchall()
+        for row in rows:
             vote = Vote(*row)
             latest[vote.voter, *vote.question] = vote
         return list(latest.values())

@@ -1,20 +1,25 @@
 """A set's folder: downloaded if it is absent, its tables, and its images as files or in archives."""
 
 import hashlib
-import json
+import math
 import os
 import tarfile
 import zipfile
-from collections.abc import Collection, Iterator
+import zlib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as parquet
 from huggingface_hub import snapshot_download
 
 from vp_rl.configuration.kinds import Text, Texts
+from vp_rl.files import tables
 
 Row = dict[str, Any]
+
+Placed = tuple[str, Row]
+"""Where a row stands, in words, and the row."""
 
 
 class Hub(NamedTuple):
@@ -55,31 +60,52 @@ def fetch(folder: Path, needed: str, hub: Hub | None) -> None:
             f"There is no {needed} in '{folder}', and {hub.repository} cannot be downloaded from the hub: {error}"
         ) from error
     for archive in sorted(folder.glob("*.tar.gz")):
-        with tarfile.open(archive) as packed:
-            packed.extractall(folder, filter="data")
+        try:
+            with tarfile.open(archive) as packed:
+                packed.extractall(folder, filter="data")
+        except (tarfile.TarError, EOFError, zlib.error) as error:
+            raise ValueError(f"'{archive}' is cut off or damaged ({error}): remove it, and start again.") from error
     if not any(folder.glob(needed)):
         raise FileNotFoundError(f"{hub.repository} was downloaded to '{folder}', but there is no {needed} in it.")
 
 
-def rows(file: Path, columns: Collection[str]) -> list[Row]:
-    """The rows of a table that fits in memory: `.json` (a list of objects), `.jsonl`, or `.parquet`.
+def rows(file: Path, columns: Collection[str], optional: Collection[str] = ()) -> list[Placed]:
+    """The rows of a table that fits in memory, each with its place; see `tables.rows`.
 
     Raises:
         ValueError: it cannot be read, or lacks a column.
     """
     try:
-        if file.suffix == ".parquet":
-            absent = set(columns) - set(parquet.read_schema(file).names)
-            found = [] if absent else parquet.ParquetFile(file).read(list(columns)).to_pylist()
-        else:
-            text = file.read_text(encoding="utf-8")
-            found = json.loads(text) if file.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
-            absent = {column for column in columns if any(column not in row for row in found)}
-    except (OSError, ValueError, TypeError) as error:  # pyarrow's own errors are among these
-        raise ValueError(f"'{file}' cannot be read as a {file.suffix} table of judgements: {error}") from error
-    if absent:
-        raise ValueError(f"'{file}' has no column {', '.join(sorted(absent))}: name the right ones in `columns`.")
-    return found
+        return [(f"{place} of '{file}'", row) for place, row in tables.objects(file, sorted(columns), sorted(optional))]
+    except tables.NoColumn as error:
+        raise ValueError(f"{error} Name the right ones in `columns`.") from error
+
+
+def without_nulls(found: Sequence[Placed], columns: Collection[str]) -> tuple[list[Placed], str]:
+    """The rows that have a value in each of these columns, and what is to be said of the others; empty: there are none.
+
+    A null that names an image, a prompt or a group would be taken for one of the name 'None'.
+    """
+    kept = [(place, row) for place, row in found if not any(_is_null(row[column]) for column in columns)]
+    if len(kept) == len(found):
+        return kept, ""
+    there = {id(row) for _, row in kept}
+    first, row = next((place, row) for place, row in found if id(row) not in there)
+    column = next(column for column in sorted(columns) if _is_null(row[column]))
+    gone = len(found) - len(kept)
+    return kept, f"{gone} of {len(found)} rows are left out, which lack a value: `{column}` in {first}, to begin with."
+
+
+def name_of(value: object) -> str:
+    """An id of any type as the name that stands for it; 1 and 1.0, as a column of whole numbers with nulls has it, are
+    one."""
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)
+
+
+def _is_null(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_is_null, value))
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 class Pictures:
@@ -105,7 +131,12 @@ class Pictures:
             if place is None:
                 raise FileNotFoundError(f"No image '{name}' in '{self._folder}'.")
             archive, member = place
-            yield name, (self._folder / name).read_bytes() if archive is None else self._opened(archive).read(member)
+            if archive is None:
+                yield name, (self._folder / name).read_bytes()
+            else:
+                with _whole(archive):
+                    content = self._opened(archive).read(member)
+                yield name, content
 
     def stamp(self, names: Collection[str]) -> str:
         """Changes when one of the files is replaced, or the archive that it is in; a look at each, not into it."""
@@ -139,9 +170,18 @@ class Pictures:
         if archive not in self._members:
             names: list[str] = []
             if archive.is_file():
-                names = self._opened(archive).namelist()
+                with _whole(archive):
+                    names = self._opened(archive).namelist()
             self._members[archive] = {Path(name).name: name for name in names} | {name: name for name in names}
         return self._members[archive]
+
+
+@contextmanager
+def _whole(archive: Path) -> Iterator[None]:
+    try:
+        yield
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError) as error:  # or encrypted
+        raise ValueError(f"'{archive}' is no zip archive that can be read ({error}): download it again.") from error
 
 
 def require(pictures: Pictures, names: Collection[str], what: str) -> None:

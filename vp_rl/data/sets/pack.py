@@ -13,10 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow
-import pyarrow.parquet as parquet
+from pyarrow.parquet import write_table
 from tqdm import tqdm
 
 from vp_rl.data.sets.base import HumanSet
+from vp_rl.files import parquet
 
 
 class Pack:
@@ -24,7 +25,7 @@ class Pack:
 
     def __init__(self, folder: Path) -> None:
         self._file = folder / "images.bin"
-        columns = parquet.ParquetFile(folder / "index.parquet").read().to_pydict()
+        columns = parquet.read(folder / "index.parquet").to_pydict()
         self._places = dict(zip(columns["name"], zip(columns["start"], columns["size"], strict=True), strict=True))
         self._open: dict[int, int] = {}  # by process
 
@@ -68,7 +69,7 @@ def packed(human: HumanSet, names: Sequence[str], folder: Path) -> Path:
     if absent := set(names) - {name for name, _, _ in rows}:
         raise ValueError(f"{human.title} has judgements of {len(absent)} images that it lacks, '{min(absent)}' first.")
     columns = dict(zip(("name", "start", "size"), map(list, zip(*rows, strict=True)), strict=True))
-    parquet.write_table(pyarrow.table(columns), unfinished / "index.parquet")
+    write_table(pyarrow.table(columns), unfinished / "index.parquet")
     try:
         os.replace(unfinished, place)
     except OSError:  # another run has made the same copy meanwhile

@@ -1,7 +1,6 @@
 """Pairs of images of which people chose one: with the images in files (HPD v3) or in the table (Pick-a-Pic)."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,8 +8,10 @@ import pyarrow.parquet as parquet
 
 from vp_rl.configuration.kinds import Count, Text, Texts
 from vp_rl.data.sets.base import HumanSet, Judged, Protocol, pair
-from vp_rl.data.sets.files import Hub, Row, fetch, rows, stamp
+from vp_rl.data.sets.files import Hub, Placed, Row, fetch, name_of, rows, stamp, without_nulls
 from vp_rl.data.sets.table import TableSet
+from vp_rl.files import parquet
+from vp_rl.files.paths import user_path
 
 _AT_ONCE = 16  # rows of a table with images inside: tens of MB
 
@@ -34,13 +35,18 @@ class PairColumns(NamedTuple):
         optional = [name for name in (self.label, self.judged) if name is not None]
         return {self.prompt, *self.images, *optional, *(self.generators or ())}
 
+    def optional(self) -> set[str]:
+        """`votes`, if there are any."""
+        return set() if self.votes is None else {self.votes}
+
 
 class FilePairs(TableSet[PairColumns]):
     """A row for each pair; `limit` is of pairs."""
 
     def _parse(self, file: Path) -> list[Judged]:
-        found = rows(file, self._columns.names())
-        return list(islice(_judged_all(found, self._columns, "Pair", file), self._limit))
+        found = rows(file, self._columns.names(), self._columns.optional())
+        judged, self.note = _judged_all(found, self._columns, self._limit)
+        return judged
 
 
 class ParquetPairs(HumanSet):
@@ -73,24 +79,25 @@ class ParquetPairs(HumanSet):
         limit: Count | None = None,
     ) -> None:
         self.title, self.protocols = title, list(protocols)
-        self._folder, self._columns, self._hub, self._limit = Path(folder), columns, hub, limit
+        self._folder, self._columns, self._hub, self._limit = user_path(folder), columns, hub, limit
         self._contents = contents
         self._patterns = {False: files} | ({} if tuning_files is None else {True: tuning_files})
 
     def load(self) -> list[Judged]:
         """See `HumanSet`."""
-        judged = []
+        judged: list[Judged] = []
+        notes: list[str] = []
         for tuning, pattern in self._patterns.items():
             fetch(self._folder, pattern, self._hub)
-            own = []
+            own: list[Placed] = []
             for file in sorted(self._folder.glob(pattern)):
-                present = set(parquet.read_schema(file).names)
-                if absent := set(self._contents) - present:
+                if absent := set(self._contents) - set(parquet.names(file)):
                     raise ValueError(f"'{file}' has no column {', '.join(sorted(absent))}: name it in `contents`.")
-                names = self._columns.names() | ({self._columns.votes or ""} & present)
-                found = _judged_all(rows(file, names), self._columns, "Row", file)
-                own += [each._replace(tuning=tuning) for each in found]
-            judged += own[: self._limit]
+                own += rows(file, self._columns.names(), self._columns.optional())
+            found, note = _judged_all(own, self._columns, self._limit)
+            judged += [each._replace(tuning=tuning) for each in found]
+            notes += [note] if note else []
+        self.note = " ".join(notes)
         return judged
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
@@ -98,12 +105,12 @@ class ParquetPairs(HumanSet):
         left = set(wanted)
         columns = [*self._columns.images, *self._contents]
         for file in self._files():
-            for batch in parquet.ParquetFile(file).iter_batches(_AT_ONCE, columns=columns):
-                for row in batch.to_pylist():
-                    for name, content in zip(self._columns.images, self._contents, strict=True):
-                        if row[name] in left:
-                            left.remove(row[name])
-                            yield row[name], _bytes(row[content])
+            for batch in parquet.batches(file, _AT_ONCE, columns):
+                for row in parquet.values(file, batch):
+                    for column, content in zip(self._columns.images, self._contents, strict=True):
+                        if (name := name_of(row[column])) in left:
+                            left.remove(name)
+                            yield name, _bytes(row[content])
                 if not left:
                     return
 
@@ -120,11 +127,11 @@ def _bytes(content: Any) -> bytes:
     return (content.get("bytes") if isinstance(content, Mapping) else content) or b""
 
 
-def _judged_all(found: Sequence[Row], columns: PairColumns, what: str, file: Path) -> Iterator[Judged]:
-    """The pairs of a file that have a verdict."""
-    for number, row in enumerate(found, start=1):
-        if columns.judged is None or row[columns.judged]:
-            yield _judged(row, columns, f"{what} {number} of '{file}'")
+def _judged_all(found: Sequence[Placed], columns: PairColumns, limit: int | None) -> tuple[list[Judged], str]:
+    """The first pairs that have a verdict, and what is to be said of rows that lack something."""
+    asked = [(place, row) for place, row in found if columns.judged is None or row[columns.judged]]
+    kept, note = without_nulls(asked, {columns.prompt, *columns.images})
+    return [_judged(row, columns, place) for place, row in kept[:limit]], note
 
 
 def _judged(row: Row, columns: PairColumns, place: str) -> Judged:
@@ -133,13 +140,22 @@ def _judged(row: Row, columns: PairColumns, place: str) -> Judged:
     Raises:
         ValueError: its label or votes say nothing.
     """
-    label = 1.0 if columns.label is None else row[columns.label]
+    label = 1.0 if columns.label is None else _number(row[columns.label])
     if label not in (0.0, 0.5, 1.0):
-        raise ValueError(f"{place} has {columns.label}={label!r}, which must be 1, 0.5 or 0.")
-    votes = (None if columns.votes is None else row.get(columns.votes)) or (label, 1 - label)
-    if len(votes) != 2 or not sum(votes) > 0:
-        raise ValueError(f"{place} has {columns.votes}={votes!r}, which must be the numbers of votes for each image.")
-    first, second = (str(row[name]) for name in columns.images)
-    generators = () if columns.generators is None else tuple(str(row[name]) for name in columns.generators)
-    share = float(votes[0]) / float(sum(votes))
-    return pair(str(row[columns.prompt]), (first, second), share, label=float(label), generators=generators)
+        raise ValueError(f"{columns.label}={row[columns.label or '']!r} in {place} must be 1, 0.5 or 0.")
+    said = None if columns.votes is None else row.get(columns.votes)
+    votes = [_number(each) for each in said] if isinstance(said, list) and said else [label, 1 - label]
+    if (said and not isinstance(said, list)) or len(votes) != 2 or not sum(votes) > 0 or min(votes) < 0:
+        raise ValueError(f"{columns.votes}={said!r} in {place} must be the numbers of votes for each image.")
+    first, second = (name_of(row[name]) for name in columns.images)
+    named = [row[name] for name in columns.generators or ()]
+    generators = tuple("unknown" if name is None else name_of(name) for name in named)
+    return pair(str(row[columns.prompt]), (first, second), votes[0] / sum(votes), label=label, generators=generators)
+
+
+def _number(value: Any) -> float:
+    """Not a number where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return float("nan")

@@ -8,7 +8,7 @@ import numpy as np
 
 from vp_rl.configuration.kinds import Text
 from vp_rl.data.sets.base import Judged, shares_of
-from vp_rl.data.sets.files import Row, rows
+from vp_rl.data.sets.files import Placed, Row, name_of, rows, without_nulls
 from vp_rl.data.sets.table import TableSet
 
 
@@ -25,40 +25,47 @@ class RankingColumns(NamedTuple):
     people: Text | None = None
     """A list of the single people's rankings, each as the images, or in an object under `rank`."""
     generators: Text | None = None
-    aspects: Mapping[str, str] = {}  # noqa: RUF012  # never changed
-    """Columns of ratings in single aspects, higher is better, by the aspect's name."""
+    aspects: Mapping[str, str] | None = None
+    """Columns of ratings in single aspects, higher is better, by the aspect's name. None: there are none."""
     higher_is_better: bool = False
     """Of `ranks`: what they are is no ranking but a choice, or ratings."""
 
     def names(self) -> set[str]:
         """All of them."""
         single = (self.prompt, self.images, self.ranks, self.group, self.people, self.generators)
-        return {name for name in single if name is not None} | set(self.aspects.values())
+        return {name for name in single if name is not None} | set((self.aspects or {}).values())
 
 
 class Rankings(TableSet[RankingColumns]):
     """A row, or a group of rows, for each prompt with its images; `limit` is of prompts."""
 
     def _parse(self, file: Path) -> list[Judged]:
-        found = rows(file, self._columns.names())
-        if self._columns.group is not None:
-            found = _grouped(found, self._columns)
+        columns = self._columns
+        named = (
+            {columns.prompt, columns.images}
+            if columns.group is None
+            else {columns.prompt, columns.images, columns.group}
+        )
+        found, self.note = without_nulls(rows(file, columns.names()), named)
+        if columns.group is not None:
+            found = _grouped(found, columns)
         judged = []
-        for place, row in enumerate(found[: self._limit], start=1):
+        for place, row in found[: self._limit]:
             try:
-                judged.append(_judged(row, self._columns))
+                judged.append(_judged(row, columns))
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"Prompt {place} of '{file}' has no ranking of its images: {error}") from error
+                raise ValueError(f"{place} has no ranking of its images: {error}") from error
         return judged
 
 
-def _grouped(found: list[Row], columns: RankingColumns) -> list[Row]:
+def _grouped(found: list[Placed], columns: RankingColumns) -> list[Placed]:
     """One row of lists for each prompt, in the order in which they first come."""
     assert columns.group is not None
-    groups: dict[Any, Row] = {}
-    lists = {columns.images, columns.ranks, columns.generators, *columns.aspects.values()} - {None}
-    for row in found:
-        group = groups.setdefault(row[columns.group], {**row, **{name: [] for name in lists}})
+    groups: dict[str, Placed] = {}
+    lists = {columns.images, columns.ranks, columns.generators, *(columns.aspects or {}).values()} - {None}
+    for place, row in found:
+        empty = (f"The prompt that begins in {place}", {**row, **{name: [] for name in lists}})
+        _, group = groups.setdefault(name_of(row[columns.group]), empty)
         for name in lists:
             group[name].append(row[name])
     return list(groups.values())
@@ -70,14 +77,18 @@ def _judged(row: Row, columns: RankingColumns) -> Judged:
     Raises:
         ValueError: the lists are of different lengths, or not of numbers.
     """
-    images = tuple(str(name) for name in row[columns.images])
+    images = tuple(name_of(name) for name in row[columns.images])
     if len(set(images)) != len(images):
         raise ValueError(f"an image is there twice: {images}")
     ranks = _numbers(row[columns.ranks], images) * (-1 if columns.higher_is_better else 1)
     people = [] if columns.people is None else row[columns.people]
     opinions = [_numbers(one["rank"] if isinstance(one, Mapping) else one, images) for one in people or []]
-    generators = () if columns.generators is None else tuple(map(str, row[columns.generators]))
-    aspects = {name: -_numbers(row[column], images) for name, column in columns.aspects.items()}
+    generators = (
+        ()
+        if columns.generators is None
+        else tuple("unknown" if name is None else name_of(name) for name in row[columns.generators])
+    )
+    aspects = {name: -_numbers(row[column], images) for name, column in (columns.aspects or {}).items()}
     return Judged(
         str(row[columns.prompt]), images, ranks, shares_of(np.stack(opinions or [ranks])), generators, aspects
     )

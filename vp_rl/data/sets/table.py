@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 from vp_rl.configuration.kinds import Count, Text
 from vp_rl.data.sets.base import HumanSet, Judged, Protocol
 from vp_rl.data.sets.files import Hub, Pictures, fetch, require, stamp
+from vp_rl.files.paths import user_path
 
 Columns = TypeVar("Columns")
 
@@ -18,7 +19,7 @@ class TableSet(HumanSet, Generic[Columns]):
     Args:
         title: see `HumanSet`.
         folder: of the set; downloaded there if the table is absent.
-        table: its file in the folder: `.json`, `.jsonl` or `.parquet`.
+        table: its file in the folder; its ending says what it is, see `tables.rows`.
         columns: of the table.
         protocols: see `HumanSet`.
         images: the folder, in `folder`, that the images' names start from.
@@ -40,8 +41,8 @@ class TableSet(HumanSet, Generic[Columns]):
         limit: Count | None = None,
     ) -> None:
         self.title, self.protocols = title, list(protocols)
-        self._folder, self._table, self._columns, self._hub, self._limit = Path(folder), table, columns, hub, limit
-        self._pictures = Pictures(self._folder / images)
+        self._folder, self._table, self._columns, self._hub, self._limit = user_path(folder), table, columns, hub, limit
+        self._pictures = Pictures(self._folder / user_path(images))
 
     def load(self) -> list[Judged]:
         """See `HumanSet`."""

@@ -1,15 +1,15 @@
 """A VisionPrefer folder as a set of judgements: its own annotator's ratings, by the mean and by aspect."""
 
 from collections.abc import Collection, Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as parquet
 
 from vp_rl.configuration.kinds import Count, Text
 from vp_rl.data.preferences import ratings_of
 from vp_rl.data.sets.base import HumanSet, Judged, Protocol, shares_of
 from vp_rl.data.sets.files import stamp
+from vp_rl.files import parquet
+from vp_rl.files.paths import user_path
 from vp_rl.types import ASPECTS, Split
 from vp_rl.visionprefer import schema
 
@@ -41,7 +41,7 @@ class VisionPreferSet(HumanSet):
     ) -> None:
         self.title, self.protocols = title, list(protocols)
         self.note = "Its judges are AI annotators: this is agreement with them, not with people."
-        self._folder, self._limit = Path(folder), limit
+        self._folder, self._limit = user_path(folder), limit
         self._split: Split = split
 
     def load(self) -> list[Judged]:
@@ -56,15 +56,15 @@ class VisionPreferSet(HumanSet):
         found = [
             _judged(row, annotator)
             for file in schema.shards(self._folder, self._split)
-            for row in parquet.ParquetFile(file).read(columns).to_pylist()
+            for row in parquet.values(file, parquet.read(file, columns))
         ]
         return found[: self._limit]
 
     def read(self, wanted: Collection[str]) -> Iterator[tuple[str, bytes]]:
         """See `HumanSet`; the dataset's order."""
         for file in schema.shards(self._folder, self._split):
-            for batch in parquet.ParquetFile(file).iter_batches(_AT_ONCE, columns=["prompt_id", "images"]):
-                for row in batch.to_pylist():
+            for batch in parquet.batches(file, _AT_ONCE, ["prompt_id", "images"]):
+                for row in parquet.values(file, batch):
                     for image in row["images"]:
                         name = _name(row, image["image_id"])
                         if name in wanted:
