@@ -4,8 +4,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow.parquet as parquet
-
 from vp_rl.configuration.kinds import Count, Text, Texts
 from vp_rl.data.sets.base import HumanSet, Judged, Protocol, pair
 from vp_rl.data.sets.files import Hub, Placed, Row, fetch, name_of, rows, stamp, without_nulls
