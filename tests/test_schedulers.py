@@ -1,4 +1,4 @@
-"""A policy samples what an untouched pipeline of the same folder samples; or it warns, naming both samplers, or refuses.
+"""A policy samples what an untouched pipeline of its folder samples; or it warns, naming both samplers, or refuses.
 
 The other side is always the pipeline's own call, loaded by diffusers from the folder, with the folder's own scheduler.
 """
@@ -27,7 +27,7 @@ REQUIRED = {
     "num_vec_classes": 9,
     "mask_token_id": 0,
     "schedule_mode": "log",
-    "noise_mode": "x",
+    "noise_mode": "tan",
     "tsr_k": 1,
     "tsr_sigma": 1,
 }
@@ -67,7 +67,7 @@ def config_of(name: str, **settings: Any) -> dict[str, Any]:
     known = inspect.signature(getattr(diffusers, name)).parameters
     given = {key: value for key, value in settings.items() if key in known}
     if name == "UnCLIPScheduler":
-        del given["beta_schedule"]
+        given.pop("beta_schedule", None)
     given |= {key: value for key, value in REQUIRED.items() if key in known}
     return {**getattr(diffusers, name)(**given).config, "_class_name": name}
 
@@ -110,8 +110,7 @@ def check_the_law(case: str, config: dict[str, Any], folder: Path, caplog: pytes
         try:
             policy = load(case, folder)
         except ValueError as reason:
-            assert name in str(reason) or "scheduler" in str(reason)
-            return "refused"
+            return "refused" if "scheduler" in str(reason) else str(reason)
     ours = images_of(policy, **how)
     assert torch.isfinite(ours).all()
     if messages := warned(caplog):

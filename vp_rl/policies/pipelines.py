@@ -18,6 +18,8 @@ from vp_rl.scenes import tiny
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _PARTS = ("unet", "transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+OPTIONAL = ("text_encoder_3", "tokenizer_3")
+"""T5, which pipelines of Stable Diffusion 3 may have been saved without."""
 _UNREADABLE = (OSError, ValueError, TypeError, KeyError, RuntimeError, NotImplementedError, SafetensorError)
 _Pipeline = TypeVar("_Pipeline", bound=DiffusionPipeline)
 

@@ -9,13 +9,11 @@ from torch.nn import functional as F
 from vp_rl.policies.adapted import AdaptedPolicy, Tokens
 from vp_rl.policies.economy import DEFAULT, Economy
 from vp_rl.policies.guidance import Guidance
-from vp_rl.policies.pipelines import Source, latent_size, load_pipeline, native_size
+from vp_rl.policies.pipelines import OPTIONAL, Source, latent_size, load_pipeline, native_size
 from vp_rl.policies.settings import check
 from vp_rl.policies.text import tokenize
 from vp_rl.processes.flow import Flow
 from vp_rl.types import Conditioning
-
-_T5 = "text_encoder_3", "tokenizer_3"
 
 
 class StableDiffusion3(AdaptedPolicy):
@@ -56,8 +54,10 @@ class StableDiffusion3(AdaptedPolicy):
         check(gradient_checkpointing=gradient_checkpointing, revision=revision, variant=variant)
         check(negative_prompt=negative_prompt)
         source = Source(path, dtype, revision, variant, economy.quantize)
-        without = {} if t5 else dict.fromkeys(_T5)
-        pipeline = load_pipeline(source, StableDiffusion3Pipeline, "Stable Diffusion 3 and 3.5", without, optional=_T5)
+        without = {} if t5 else dict.fromkeys(OPTIONAL)
+        pipeline = load_pipeline(
+            source, StableDiffusion3Pipeline, "Stable Diffusion 3 and 3.5", without, optional=OPTIONAL
+        )
         super().__init__(pipeline, "transformer", lora, economy, gradient_checkpointing)
         config, pixels = pipeline.transformer.config, pipeline.vae_scale_factor
         patches = latent_size(resolution, native_size(config.sample_size, pixels), config.patch_size * pixels)

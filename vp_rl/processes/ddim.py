@@ -68,7 +68,8 @@ class DDIM(Process):
 
     def _euler(self, scheduler: EulerDiscreteScheduler) -> "_Schedule":
         """Its latents are DDIM's over the square root of alpha, which it gives back undivided only at the end."""
-        squares = scheduler.sigmas.double().cpu() ** 2
+        # With interpolation_type=log_linear there is one level more than steps go through.
+        squares = scheduler.sigmas.double().cpu()[: len(scheduler.timesteps) + 1] ** 2
         alphas, lengths = 1 / (1 + squares), torch.ones(len(squares) - 1)
         lengths[-1] = (1 + squares[-1]).sqrt()
         self._starts[len(lengths)] = float(scheduler.init_noise_sigma / (1 + squares[0]).sqrt())
