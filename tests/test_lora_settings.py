@@ -158,10 +158,25 @@ def test_a_policy_with_such_a_setting_is_not_made(setting: str) -> None:
 
 
 TRIES = [each for tries in ACCEPTED.values() for each in tries]
+TELLING = [
+    {"target_modules": ["to_q", "conv1", "proj_in"]},
+    {"exclude_modules": ["to_k"]},
+    {"alpha_pattern": {"to_q": 1, r"attn2\.to_k": 11}},
+    {"use_rslora": True, "rank_pattern": {"to_v": 9}},
+    {"use_dora": True},
+]
+
+
+def _fast(which: list[dict[str, Any]]) -> list[Any]:
+    """All of them, those of `which` in the default suite."""
+    return [
+        pytest.param(settings, id=str(settings), marks=[] if settings in which else pytest.mark.slow)
+        for settings in TRIES
+    ]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", TRIES, ids=str)
+@pytest.mark.parametrize("settings", _fast(TELLING))
 def test_what_is_accepted_makes_the_same_images_from_every_file(
     settings: dict[str, Any], pipeline: Any, tmp_path: Path
 ) -> None:
@@ -189,13 +204,8 @@ def test_what_is_accepted_makes_the_same_images_from_every_file(
     torch.testing.assert_close(images_of(policy), images, rtol=0, atol=1e-5)
 
 
-def _merges(settings: dict[str, Any]) -> Any:
-    alone = settings in ({"use_dora": True}, {"use_rslora": True, "rank_pattern": {"to_v": 9}})
-    return pytest.param(settings, id=str(settings), marks=[] if alone else pytest.mark.slow)
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [_merges(settings) for settings in TRIES])
+@pytest.mark.parametrize("settings", _fast(TELLING[3:]))
 def test_what_is_accepted_is_merged_into_a_pipeline_that_makes_the_same_images(
     settings: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -168,9 +168,10 @@ def _check_tokenizers(parts: Mapping[str, Any], shown: str) -> None:
         if not isinstance(tokenizer, PreTrainedTokenizerBase):
             continue
         limit, encoder = tokenizer.model_max_length, parts[name.replace("tokenizer", "text_encoder")]
-        if limit > 10_000 and len(tokenizer) < 1000:  # what transformers makes up where a folder has none in it
-            raise ValueError(f"{shown} has no usable tokenizer: its files are missing or incomplete.")
         reach = getattr(encoder.config, "max_position_embeddings", None)
+        made_up = 1000 if reach is None else 16  # tokens that transformers gives a T5's, or a CLIP's, without files
+        if limit > 10_000 and len(tokenizer) < made_up:
+            raise ValueError(f"{shown} has no usable tokenizer: its files are missing or incomplete.")
         if reach is not None and not 2 <= limit <= reach:
             raise ValueError(
                 f"{shown}: its {name} says model_max_length={limit}, and its text encoder reads at most {reach} "
