@@ -35,7 +35,7 @@ def check_images(case: str, folder: Path, guidance: float = 4.0, **settings: Any
     images = policy.decode(latents)
     call = {"height": 16, "width": 16, "num_inference_steps": 3, "guidance_scale": guidance, "output_type": "pt"}
     call |= {"max_sequence_length": 24} if case in ("sd3", "flux") else {}
-    if negative := settings.get("negative_prompt"):
+    if (negative := settings.get("negative_prompt")) is not None:
         call["negative_prompt"] = [negative] * 2
     theirs = tiny_pipelines.load(folder)(PROMPTS, generator=torch.manual_seed(5), **call).images
     torch.testing.assert_close(images, theirs, rtol=0, atol=1e-4)
@@ -86,7 +86,7 @@ def test_an_encoder_with_an_attention_mask_gets_it(negative: str, tmp_path: Path
     assert (masked - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.0, 3.0, 8.0])
+@pytest.mark.parametrize("guidance", [0.0, 8.0])
 @pytest.mark.parametrize("case", ["sd15", "sdxl"])
 def test_a_u_net_that_was_distilled_with_guidance_is_told_the_scale_and_called_once(
     case: str, guidance: float, tmp_path: Path
@@ -113,14 +113,12 @@ def test_a_shift_that_a_u_nets_vae_says_is_ignored_as_by_its_pipeline(case: str,
     torch.testing.assert_close(policy.encode_images(images), expected)
 
 
-@pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize("negative", [None, "", "a green star"])
+@pytest.mark.parametrize(("zeros", "negative"), [(True, ""), (True, None), (False, None)])
 def test_sdxl_points_away_from_what_its_pipeline_does(zeros: bool, negative: str | None, tmp_path: Path) -> None:
     folder = edited("sdxl", "model_index.json", {"force_zeros_for_empty_prompt": zeros}, tmp_path / "model")
     check_images("sdxl", folder, negative_prompt=negative)
 
 
-@pytest.mark.parametrize("guidance", [0.0, 1.0])
 @pytest.mark.parametrize("case", [*families.FAMILIES, "flux_schnell"])
-def test_no_guidance_is_none_as_in_diffusers_however_it_is_written(case: str, guidance: float) -> None:
-    check_images(case.partition("_")[0], Path(families.folder(case)), guidance)
+def test_a_guidance_of_0_is_what_it_is_in_diffusers(case: str) -> None:
+    check_images(case.partition("_")[0], Path(families.folder(case)), guidance=0.0)
