@@ -22,8 +22,8 @@ FREE = frozenset(
     }
 )
 """All others must be as PEFT has them by default: new ones are refused until somebody has tried them."""
-INITS = (True, "gaussian", "orthogonal")
-"""Those that leave the frozen weights as they are, and what the model draws."""
+INITS = (True, False, "gaussian", "orthogonal")
+"""Those that leave the frozen weights as they are; all but False begin as the model on disk."""
 
 
 def check(lora: LoraConfig, denoiser: nn.Module, name: str) -> None:
@@ -40,8 +40,8 @@ def check(lora: LoraConfig, denoiser: nn.Module, name: str) -> None:
             raise ValueError(f"policy.lora.{field}={value!r} must be {least}.")
     if not any(type(lora.init_lora_weights) is type(init) and lora.init_lora_weights == init for init in INITS):
         raise ValueError(
-            f"policy.lora.init_lora_weights={lora.init_lora_weights!r} would not begin as the model on disk, or would "
-            "change its frozen weights, which no adapter's file could say: choose from true, gaussian, orthogonal."
+            f"policy.lora.init_lora_weights={lora.init_lora_weights!r} would change the model's frozen weights, "
+            "which no adapter's file could say: choose from true, false, gaussian, orthogonal."
         )
     default = LoraConfig()
     for field in fields(lora):

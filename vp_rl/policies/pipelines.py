@@ -207,7 +207,7 @@ def load_vae(path: str, dtype: str) -> AutoencoderKL:
     """
     shown, folder = f"policy.vae={path!r}", Path(path).expanduser()
     try:
-        vae, found = AutoencoderKL.from_pretrained(
+        vae, found = AutoencoderKL.from_pretrained(  # type: ignore[misc]
             folder if folder.is_dir() else path,
             dtype=_read_dtype(dtype),
             use_safetensors=True,
