@@ -6,6 +6,7 @@ from pathlib import Path
 
 import lightning
 import torch
+from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
@@ -25,7 +26,7 @@ class LinearPolicy(Policy):
 
     def __init__(self, gain: float = 0.1) -> None:
         super().__init__()
-        self.process = DDIM({"prediction_type": "sample", "clip_sample": False, "set_alpha_to_one": False})
+        self.process = DDIM(DDIMScheduler(prediction_type="sample", clip_sample=False, set_alpha_to_one=False))
         self.gain = gain
         self.bias = nn.Parameter(torch.zeros(3, 1, 1))
         self.frozen = nn.Parameter(torch.zeros(2), requires_grad=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import nn
@@ -27,7 +28,7 @@ class Bright(Policy):
 
     def __init__(self) -> None:
         super().__init__()
-        self.process = DDIM({"prediction_type": "sample", "clip_sample": False, "set_alpha_to_one": False})
+        self.process = DDIM(DDIMScheduler(prediction_type="sample", clip_sample=False, set_alpha_to_one=False))
         self.shift = nn.Parameter(torch.zeros(1))
         self.on = True
         self.encoded: list[str] = []

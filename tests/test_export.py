@@ -135,9 +135,9 @@ def test_kohyas_keys_are_those_that_its_readers_look_for(run: tuple[Path, torch.
     names = {name for name in state if name.startswith(f"{layer}.")} or {name for name in state if "attn1_to_q" in name}
     assert {name.partition(".")[2] for name in names} == {"lora_down.weight", "lora_up.weight", "alpha"}
     assert all(name.startswith("lora_unet_") and name.count(".") <= 2 for name in state)
-    assert {tensor.item() for name, tensor in state.items() if name.endswith(".alpha")} == {6.0}
+    assert {tensor.item() for name, tensor in state.items() if name.endswith(".alpha")} == {4.0}
     assert header(file)["ss_network_dim"] == "4"
-    assert header(file)["ss_network_alpha"] == "6.0"
+    assert header(file)["ss_network_alpha"] == "4.0"
 
 
 def test_a_rank_stabilised_adapter_keeps_its_scale_in_kohyas_format(tmp_path: Path) -> None:

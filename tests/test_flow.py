@@ -1,5 +1,7 @@
 """Rectified flow: diffusers' Euler step without noise, Flow-GRPO's with it, and the same marginals at any noise."""
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -15,12 +17,16 @@ CONFIGS = {
 }
 
 
+def flow(settings: dict[str, Any], tokens: int, even: bool = False) -> Flow:
+    return Flow(FlowMatchEulerDiscreteScheduler(**settings), tokens, even)
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("tokens", [256, 4096])
 @pytest.mark.parametrize("steps", [1, 7, 20])
 def test_every_step_without_noise_is_diffusers_step(config: str, tokens: int, steps: int) -> None:
     settings, even = CONFIGS[config]
-    process, scheduler = Flow(settings, tokens, even), FlowMatchEulerDiscreteScheduler(**settings)
+    process, scheduler = flow(settings, tokens, even), FlowMatchEulerDiscreteScheduler(**settings)
     times = torch.linspace(1, 1 / steps, steps, dtype=torch.float64).tolist() if even else None
     scheduler.set_timesteps(steps, sigmas=times, mu=calculate_shift(tokens))
     assert torch.equal(process.timesteps(steps), scheduler.timesteps)
@@ -36,7 +42,7 @@ def test_every_step_without_noise_is_diffusers_step(config: str, tokens: int, st
 @pytest.mark.parametrize("eta", [0.3, 0.7, 1.0])
 def test_a_step_with_noise_is_the_papers(eta: float) -> None:
     """Equation 9: dx = (v + sigma^2 / 2t (x + (1 - t) v)) dt + sigma sqrt(-dt) z, sigma = eta sqrt(t / (1 - t))."""
-    steps, process = 10, Flow({"shift": 3.0}, 256)
+    steps, process = 10, flow({"shift": 3.0}, 256)
     times = [*(process.timesteps(steps).double() / 1000).tolist(), 0.0]
     x, v = torch.randn(2, 3, 4)
     for step in range(steps - 1):
@@ -53,7 +59,7 @@ def test_a_step_with_noise_is_the_papers(eta: float) -> None:
 def test_the_last_step_has_no_noise_and_gives_the_predicted_image(eta: float) -> None:
     for steps in (1, 10):
         latents, output = torch.randn(2, 1, 4)
-        last = Flow({"shift": 3.0}, 256).transition(output, latents, torch.tensor([steps - 1]), steps, eta)
+        last = flow({"shift": 3.0}, 256).transition(output, latents, torch.tensor([steps - 1]), steps, eta)
         assert last.std.item() == 0
         torch.testing.assert_close(last.mean, last.x0)
 
@@ -63,7 +69,7 @@ def gaussian_marginal(steps: int, eta: float, mean: float, std: float) -> tuple[
 
     Every step is affine in the latents then, so that both follow without sampling: from noise of N(0, 1) on.
     """
-    process = Flow({}, 256, even=True)
+    process = flow({}, 256, even=True)
     m, variance = 0.0, 1.0
     for step in range(steps):
         t = process.timesteps(steps)[step].item() / 1000
@@ -89,7 +95,7 @@ def test_noise_leaves_the_marginals_as_they_are(eta: float) -> None:
 
 @pytest.mark.parametrize("eta", [0.0, 0.7])
 def test_sampled_latents_have_the_images_mean_and_deviation(eta: float) -> None:
-    number, steps, process = 20_000, 100, Flow({"shift": 3.0}, 256)
+    number, steps, process = 20_000, 100, flow({"shift": 3.0}, 256)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(number, 1, generator=generator)
     for step in range(steps):
@@ -104,7 +110,7 @@ def test_sampled_latents_have_the_images_mean_and_deviation(eta: float) -> None:
 
 
 def test_a_perfect_prediction_gives_back_the_clean_latents() -> None:
-    process, steps = Flow({"shift": 3.0}, 256), torch.tensor([0, 2, 4, 6, 9])
+    process, steps = flow({"shift": 3.0}, 256), torch.tensor([0, 2, 4, 6, 9])
     x0, noise = torch.randn(2, 5, 4, 2, 2).unbind()
     timestep = process.timesteps(10)[steps]
     noised = process.add_noise(x0, noise, timestep)
@@ -113,7 +119,7 @@ def test_a_perfect_prediction_gives_back_the_clean_latents() -> None:
 
 
 def test_rows_may_be_at_different_steps_and_all_is_float32() -> None:
-    process, steps = Flow({"shift": 3.0}, 256), torch.tensor([9, 0, 4])
+    process, steps = flow({"shift": 3.0}, 256), torch.tensor([9, 0, 4])
     output, latents = torch.randn(3, 4, 2, dtype=torch.bfloat16), torch.randn(3, 4, 2)
     together = process.transition(output, latents, steps, 10, 0.7)
     assert {tensor.dtype for tensor in together} == {torch.float32}
@@ -125,7 +131,7 @@ def test_rows_may_be_at_different_steps_and_all_is_float32() -> None:
 
 def test_steps_out_of_range_and_schedulers_without_a_density_are_refused() -> None:
     with pytest.raises(ValueError, match="between 1 and 1000"):
-        Flow({}, 256).timesteps(1001)
+        flow({}, 256).timesteps(1001)
     for name in ("invert_sigmas", "stochastic_sampling"):
         with pytest.raises(ValueError, match=name):
-            Flow({name: True}, 256)
+            flow({name: True}, 256)

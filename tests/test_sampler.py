@@ -108,3 +108,11 @@ def test_branches_do_not_depend_on_how_many_are_finished_at_once() -> None:
         return sampler.branch(policy, policy.encode(["a", "b"]), 1, 3, generator, batch).finished
 
     torch.testing.assert_close(branch(2), branch(64))
+
+
+def test_a_guidance_that_upstream_takes_otherwise_is_refused_and_none_is_none() -> None:
+    for guidance in (0.5, 0.001, 0.999):
+        with pytest.raises(ValueError, match=rf"guidance={guidance} is between 0 and 1.*Set it to 1"):
+            Sampler(guidance=guidance)
+    for guidance in (0.0, 1.0, 1.5):
+        assert Sampler(guidance=guidance).guidance == guidance

@@ -14,6 +14,7 @@ from typing import NoReturn
 import pyarrow.parquet
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from diffusers.utils.torch_utils import randn_tensor
 from fakes import read_dataset, write_dataset
 from torch.nn import functional as F
@@ -37,7 +38,7 @@ class ToyPolicy(Policy):
 
     def __init__(self, tint: float = 0.0) -> None:
         super().__init__()
-        self.process = DDIM({"prediction_type": "sample", "clip_sample": False, "set_alpha_to_one": False})
+        self.process = DDIM(DDIMScheduler(prediction_type="sample", clip_sample=False, set_alpha_to_one=False))
         self.tint = tint
 
     def encode(self, prompts: list[str]) -> Conditioning:

@@ -93,6 +93,10 @@ class Process(ABC):
         They are there already when they are asked for again: a copy would wait for all that the device is yet to do.
         """
 
+    def start(self, steps: int) -> float:
+        """What standard normal noise is multiplied by to begin with."""
+        return 1.0
+
     @abstractmethod
     def transition(self, output: Latents, latents: Latents, step: Steps, steps: int, eta: float) -> Transition:
         """The Gaussian step from `latents`, given the denoiser's `output`; rows may be at different steps.
@@ -126,7 +130,7 @@ class Policy(nn.Module, ABC):
     def predict(
         self, latents: Latents, timestep: Float[Tensor, " batch"], conditioning: Conditioning, guidance: float
     ) -> Latents:
-        """The denoiser's output in float32, after classifier-free guidance (1.0: none, at half the cost)."""
+        """The denoiser's output in float32, after classifier-free guidance (1.0, or 0: none, at half the cost)."""
 
     @abstractmethod
     def decode(self, latents: Latents) -> Images:

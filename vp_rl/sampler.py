@@ -27,7 +27,7 @@ class Sampler:
 
     Attributes:
         steps: denoising steps.
-        guidance: classifier-free guidance scale; 1.0 is none and halves the cost.
+        guidance: classifier-free guidance scale; 1.0 is none and halves the cost, and so is 0, as model cards write it.
         eta: noise of each step, 0 (deterministic) to 1 (ancestral).
     """
 
@@ -38,6 +38,11 @@ class Sampler:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.guidance < 0 or self.eta < 0:
             raise ValueError(f"A sampler needs steps >= 1, guidance >= 0 and eta >= 0; got {self}.")
+        if 0 < self.guidance < 1:
+            raise ValueError(
+                f"A sampler's guidance={self.guidance} is between 0 and 1: diffusers takes that for none, and its "
+                "formula for leading away from the prompt. Set it to 1, which is none, or above."
+            )
 
     def window(self, setting: str, low: float, high: float) -> range:
         """The steps between two shares of all steps, at least one.
@@ -62,7 +67,7 @@ class Sampler:
 
         A generator for each row makes rows independent of batching.
         """
-        latents = policy.noise(_batch(conditioning), generator)
+        latents = self._noise(policy, conditioning, generator)
         with policy.merged():
             return self.walk(policy, latents, range(self.steps)[:until], conditioning, generator)
 
@@ -80,7 +85,7 @@ class Sampler:
             random: the steps that are taken with noise, the others without (MixGRPO); None: all of them.
         """
         still = replace(self, eta=0.0)
-        latents = policy.noise(_batch(conditioning), generator)
+        latents = self._noise(policy, conditioning, generator)
         path, log_probs, stds = [latents], [], []
         with policy.merged():
             for step in range(self.steps):
@@ -146,6 +151,9 @@ class Sampler:
         with torch.no_grad(), policy.reference():
             reference = self.transition(policy, latents, step, conditioning)
         return gaussian_kl(transition.mean, reference.mean, transition.std)
+
+    def _noise(self, policy: Policy, conditioning: Conditioning, generator: Generators) -> Latents:
+        return policy.noise(_batch(conditioning), generator) * policy.process.start(self.steps)
 
     def walk(
         self,

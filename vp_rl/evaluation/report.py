@@ -254,6 +254,16 @@ def _machine() -> str:
     return f"{device}, {os.cpu_count()} CPU cores, {platform.system()} {platform.machine()}"
 
 
+def _ddim(sampler: Sampler) -> list[str]:
+    """Puts DDIM in the place of other samplers, as the policy does; without noise, Euler's steps are DDIM's."""
+    same = ("DDIMScheduler",) if sampler.eta else ("DDIMScheduler", "EulerDiscreteScheduler")
+    return [
+        f"if type(pipeline.scheduler).__name__ not in {same}:",
+        '    config = {**pipeline.scheduler.config, "clip_sample": False, "_use_default_values": []}',
+        "    pipeline.scheduler = DDIMScheduler.from_config(config)",
+    ]
+
+
 def _code(policy: Mapping[str, Any], sampler: Sampler, prompt: str, seed: int) -> str:
     """Plain diffusers, which makes the image for the first prompt again."""
     path = str(policy.get("path", "the base model"))
@@ -265,7 +275,7 @@ def _code(policy: Mapping[str, Any], sampler: Sampler, prompt: str, seed: int) -
         "num_inference_steps": sampler.steps,
         "guidance_scale": sampler.guidance,
         "eta": sampler.eta or None if not flow else None,
-        "negative_prompt": policy.get("negative_prompt") or None,
+        "negative_prompt": policy.get("negative_prompt"),
         "max_sequence_length": policy.get("t5_tokens"),
         "height": policy.get("resolution"),
         "width": policy.get("resolution"),
@@ -276,7 +286,7 @@ def _code(policy: Mapping[str, Any], sampler: Sampler, prompt: str, seed: int) -
         *(["from vp_rl.scenes.tiny import resolve  # where the embedded model lies"] if embedded else []),
         "",
         f"pipeline = DiffusionPipeline.from_pretrained({source}, {which}dtype=torch.{dtype})",
-        *([] if flow else ["pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)"]),
+        *([] if flow else _ddim(sampler)),
         'pipeline.load_lora_weights("adapter")  # in this run\'s folder',
         *([] if embedded else ['pipeline.to("cuda")']),
         "image = pipeline(",

@@ -4,7 +4,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from diffusers import DiffusionPipeline
@@ -40,6 +40,8 @@ class AdaptedPolicy(Policy):
 
     guidance: nn.Module
     latent_shape: tuple[int, int, int]
+    shifted: ClassVar[bool] = False
+    """Whether the family's latents are shifted by what the VAE says, and not only scaled."""
 
     def __init__(
         self,
@@ -149,11 +151,11 @@ class AdaptedPolicy(Policy):
 
     def decode(self, latents: Latents) -> Images:
         """The VAE's images; gradients flow where the image is not clipped at black or white."""
-        return autoencoder.decode(self.vae, self._unpack(latents), self.economy.vae_batch)
+        return autoencoder.decode(self.vae, self._unpack(latents), self.economy.vae_batch, self.shifted)
 
     def encode_images(self, images: Images) -> Latents:
         """The mean of the VAE's posterior, shifted and scaled as the denoiser expects."""
-        return self._pack(autoencoder.encode(self.vae, images, self.economy.vae_batch))
+        return self._pack(autoencoder.encode(self.vae, images, self.economy.vae_batch, self.shifted))
 
     def _pack(self, latents: Float[Tensor, "batch channels height width"]) -> Latents:
         """As the denoiser takes them, where that is not as the VAE does."""

@@ -11,7 +11,10 @@ from vp_rl.types import Images
 
 
 def decode(
-    vae: AutoencoderKL, latents: Float[Tensor, "batch channels rows columns"], at_once: int | None = None
+    vae: AutoencoderKL,
+    latents: Float[Tensor, "batch channels rows columns"],
+    at_once: int | None = None,
+    shifted: bool = False,
 ) -> Images:
     """The VAE's images; gradients flow where the image is not clipped at black or white.
 
@@ -19,8 +22,9 @@ def decode(
         vae: what decodes.
         latents: as the denoiser's process has them.
         at_once: images that are decoded together, which bounds the peak; None: all.
+        shifted: whether the family's latents are shifted by what the VAE says, and not only scaled.
     """
-    scaled = (latents / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)).to(vae.dtype)
+    scaled = (latents / vae.config.scaling_factor + _shift(vae, shifted)).to(vae.dtype)
     parts = scaled.split(at_once or max(1, len(scaled)))
     with _wide(vae):
         images = [vae.decode(rows, return_dict=False)[0].float() for rows in parts]
@@ -29,13 +33,18 @@ def decode(
 
 @torch.no_grad()
 def encode(
-    vae: AutoencoderKL, images: Images, at_once: int | None = None
+    vae: AutoencoderKL, images: Images, at_once: int | None = None, shifted: bool = False
 ) -> Float[Tensor, "batch channels rows columns"]:
-    """The mean of the VAE's posterior, shifted and scaled as the denoiser expects; `at_once` as in `decode`."""
+    """The mean of the VAE's posterior, shifted and scaled as the denoiser expects; the rest as in `decode`."""
     inputs = (images * 2 - 1).to(vae.dtype).split(at_once or max(1, len(images)))
     with _wide(vae):
         mean = torch.cat([vae.encode(rows).latent_dist.mean for rows in inputs])
-    return (mean.float() - (vae.config.shift_factor or 0.0)) * vae.config.scaling_factor
+    return (mean.float() - _shift(vae, shifted)) * vae.config.scaling_factor
+
+
+def _shift(vae: AutoencoderKL, shifted: bool) -> float:
+    """Pipelines of U-Nets do not look at it, whatever the VAE says."""
+    return vae.config.shift_factor or 0.0 if shifted else 0.0
 
 
 def _wide(vae: AutoencoderKL) -> AbstractContextManager[object]:

@@ -1,7 +1,6 @@
 """A trained adapter as other programs read it, with what it is written into the file's header."""
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,22 +11,23 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
-from diffusers.utils import convert_state_dict_to_kohya, convert_unet_state_dict_to_peft
+from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from vp_rl.policies.pipelines import Source, load_pipeline, load_vae
+from vp_rl.policies.lora_file import FILE, layer_of, plain, readable_as_its_folder, scaled, scales
+from vp_rl.policies.pipelines import OPTIONAL, Source, load_pipeline, load_vae
 from vp_rl.scenes import tiny
-
-FILE = "pytorch_lora_weights.safetensors"  # diffusers' name, which runs use
 
 Facts = Mapping[str, str]
 """What a file is, by name, for its header: base model, reward, settings, seed, licence."""
 
 
 def to_diffusers(adapter: Path, folder: Path, facts: Facts) -> Path:
-    """The adapter as it is, for `pipeline.load_lora_weights(folder)` and for ComfyUI, with the facts in its header.
+    """The adapter for `pipeline.load_lora_weights(folder)`, with the facts in its header.
+
+    Of a transformer (SD 3, FLUX) ComfyUI reads it too; of a U-Net it does not know these names.
 
     Args:
         adapter: folder that a run wrote its adapter to.
@@ -37,42 +37,42 @@ def to_diffusers(adapter: Path, folder: Path, facts: Facts) -> Path:
     Raises:
         FileNotFoundError: there is no adapter.
     """
-    state, header = _read(adapter)
-    return _write(state, folder / FILE, {**header, **facts})
+    state, settings = _read(adapter)
+    component = min(state).partition(".")[0]
+    header = {LORA_ADAPTER_METADATA_KEY: json.dumps({f"{component}.{key}": each for key, each in settings.items()})}
+    return _write(state, folder / FILE, {"format": "pt", **header, **facts})
 
 
 def to_kohya(adapter: Path, folder: Path, facts: Facts) -> Path:
     """The adapter in the format of Kohya's scripts, which AUTOMATIC1111, Forge, InvokeAI and ComfyUI read.
 
-    Layers have their names in diffusers, with underscores, and each has its alpha. Whether those names can be read back
-    is checked by diffusers' own converter.
+    Layers have their names in diffusers, with underscores, and each has the same alpha. Whether those names can be
+    read back is checked by diffusers' own converter.
 
     Raises:
         FileNotFoundError: there is no adapter.
         ValueError: it is of a transformer, or of a kind of LoRA that the format does not have.
     """
-    state, header = _read(adapter)
+    state, settings = _read(adapter)
     if not all(key.startswith("unet.") for key in state):
         raise ValueError(
             "to=kohya is for adapters of a U-Net (Stable Diffusion 1, 2 and XL), and this one is of another model: "
             "ComfyUI reads those as to=diffusers writes them."
         )
-    settings = {key.removeprefix("unet."): value for key, value in _settings(header).items()}
-    if settings.get("use_dora") or settings.get("alpha_pattern"):
-        raise ValueError("to=kohya has no DoRA and no alpha_pattern: export this adapter with to=diffusers or merged.")
-    exported = convert_state_dict_to_kohya({key: tensor.contiguous() for key, tensor in state.items()})
-    alphas, ranks = set(), set()
-    for key in [key for key in exported if key.endswith(".alpha")]:  # diffusers writes the rank, whatever alpha was
-        rank = len(exported[f"{key.removesuffix('.alpha')}.lora_down.weight"])
-        alpha = float(settings.get("lora_alpha", rank)) * (math.sqrt(rank) if settings.get("use_rslora") else 1.0)
-        exported[key] = torch.tensor(alpha)
-        alphas.add(alpha)
-        ranks.add(rank)
+    if settings.get("use_dora"):
+        raise ValueError(
+            "to=kohya has no DoRA that all its readers agree on: export this adapter with to=diffusers or merged."
+        )
+    ranks = {layer_of(key): len(tensor) for key, tensor in state.items() if key.endswith(".lora_A.weight")}
+    alpha = max(ranks.values())  # one for all layers: of several, diffusers' reader loses all but one
+    evened = scaled(state, {layer: rank / alpha for layer, rank in ranks.items()})
+    exported = {_kohya(key): tensor for key, tensor in evened.items()}
+    exported |= {f"{_kohya(layer)}.alpha": torch.tensor(float(alpha)) for layer in ranks}
     _check_names(exported, state)
     names = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(max(ranks)),
-        "ss_network_alpha": str(max(alphas)),
+        "ss_network_dim": str(alpha),
+        "ss_network_alpha": str(float(alpha)),
     }
     return _write(exported, folder / "lora.safetensors", {**names, **facts})
 
@@ -97,12 +97,14 @@ def to_merged(adapter: Path, source: Source, vae: str | None, folder: Path, fact
     index = DiffusionPipeline.load_config(str(tiny.resolve(source.path)), revision=source.revision)
     parts = {"vae": load_vae(vae, "float32")} if vae else {}
     kind = getattr(diffusers, index["_class_name"])
-    pipeline = load_pipeline(source._replace(dtype="float32"), kind, "the base of the run", parts)
+    pipeline = load_pipeline(source._replace(dtype="float32"), kind, "the base of the run", parts, optional=OPTIONAL)
     pipeline.load_lora_weights(adapter)
     pipeline.fuse_lora()
     pipeline.unload_lora_weights()
     pipeline.to(dtype=getattr(torch, source.dtype))
     pipeline.save_pretrained(folder, safe_serialization=True)
+    for file in folder.rglob("*.safetensors"):
+        readable_as_its_folder(file)
     denoiser = "unet" if "unet" in index else "transformer"
     for file in sorted((folder / denoiser).glob("*.safetensors")):  # of large models there are several
         _write(load_file(file), file, {"format": "pt", **facts})
@@ -120,23 +122,33 @@ def licence(path: str) -> str | None:
     return None
 
 
-def _read(adapter: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, and the header."""
+def _read(adapter: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, with their scale in them whoever has written them, and the LoRA's settings."""
     file = adapter / FILE
     if not file.is_file():
         raise FileNotFoundError(f"There is no {FILE} in '{adapter}'; runs write theirs to adapter/ when they end.")
+    state = load_file(file)
     with safe_open(file, framework="pt") as opened:
-        return load_file(file), dict(opened.metadata() or {})
+        said = json.loads((opened.metadata() or {}).get(LORA_ADAPTER_METADATA_KEY, "{}"))
+    prefix = f"{min(state).partition('.')[0]}."
+    settings = {key.removeprefix(prefix): value for key, value in said.items()}
+    state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
+    by = scales(state, settings)
+    state = {f"{prefix}{key}": tensor for key, tensor in scaled(state, by).items()}
+    return state, plain(settings, list(by)) if settings else {}
 
 
-def _settings(header: Facts) -> dict[str, Any]:
-    """The LoRA's, as diffusers has them in the header."""
-    return json.loads(header.get(LORA_ADAPTER_METADATA_KEY, "{}"))
+def _kohya(key: str) -> str:
+    """A tensor's name there, or a layer's."""
+    layer, _, matrix = key.removeprefix("unet.").partition(".lora_")
+    which = {"A.weight": ".lora_down.weight", "B.weight": ".lora_up.weight", "": ""}[matrix]
+    return f"lora_unet_{layer.replace('.', '_')}{which}"
 
 
 def _write(state: Mapping[str, Tensor], file: Path, header: Facts) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({key: tensor.contiguous() for key, tensor in state.items()}, file, metadata=dict(header))
+    readable_as_its_folder(file)
     return file
 
 

@@ -12,6 +12,7 @@ from vp_rl.policies.adapted import AdaptedPolicy, Tokens
 from vp_rl.policies.economy import DEFAULT, Economy
 from vp_rl.policies.guidance import Distilled
 from vp_rl.policies.pipelines import Source, latent_size, load_pipeline
+from vp_rl.policies.settings import check
 from vp_rl.policies.text import tokenize
 from vp_rl.processes.flow import Flow
 from vp_rl.types import Conditioning
@@ -34,6 +35,8 @@ class Flux(AdaptedPolicy):
         revision, variant: of a hub repository's files.
     """
 
+    shifted = True
+
     def __init__(
         self,
         path: Text,
@@ -47,13 +50,15 @@ class Flux(AdaptedPolicy):
         revision: Text | None = None,
         variant: Text | None = None,
     ) -> None:
+        check(path=path, lora=lora, dtype=dtype, t5_tokens=t5_tokens, resolution=resolution)
+        check(gradient_checkpointing=gradient_checkpointing, revision=revision, variant=variant)
         source = Source(path, dtype, revision, variant, economy.quantize)
         pipeline = load_pipeline(source, FluxPipeline, "FLUX.1 dev and schnell")
         super().__init__(pipeline, "transformer", lora, economy, gradient_checkpointing)
         config, self._t5_tokens = pipeline.transformer.config, t5_tokens
         self._side = latent_size(resolution, resolution, 2 * pipeline.vae_scale_factor)
         self.latent_shape = (config.in_channels // 4, 2 * self._side, 2 * self._side)
-        self.process = Flow(dict(pipeline.scheduler.config), self._side**2, even=True)
+        self.process = Flow(pipeline.scheduler, self._side**2, even=True)
         self.guidance = Distilled(config.guidance_embeds)
         across = torch.arange(self._side, dtype=torch.float32)
         positions = torch.cartesian_prod(torch.zeros(1), across, across)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
-_FILE = "pytorch_lora_weights.safetensors"  # diffusers' name
+from vp_rl.policies import lora_file, lora_settings
+
 _NAMES = {"unet": "U-Net", "transformer": "transformer"}
 
 
@@ -65,7 +66,7 @@ class Adapter:
         self._on = lora is not None
         denoiser.requires_grad_(False)
         if lora is not None:
-            _check(lora, denoiser, _NAMES[component])
+            lora_settings.check(lora, denoiser, _NAMES[component])
             try:
                 denoiser.add_adapter(lora)
             except ValueError as error:
@@ -121,38 +122,42 @@ class Adapter:
                 weight.data = data
 
     def save(self, directory: Path) -> None:
-        """`pytorch_lora_weights.safetensors` as diffusers reads it, with the settings needed to scale it right.
+        """`pytorch_lora_weights.safetensors` as diffusers reads it, with the scale in its weights.
 
         PEFT's names for all layers: diffusers' older ones exist for attention only, and mixed files load in part.
         """
+        state, own = get_peft_model_state_dict(self.denoiser), self._scales()
         self._pipeline.save_lora_weights(
             directory,
             **{
-                f"{self._component}_lora_layers": get_peft_model_state_dict(self.denoiser),
-                f"{self._component}_lora_adapter_metadata": self._settings(),
+                f"{self._component}_lora_layers": lora_file.scaled(state, own),
+                f"{self._component}_lora_adapter_metadata": lora_file.plain(
+                    self.denoiser.peft_config["default"].to_dict(), list(own)
+                ),
             },
         )
+        lora_file.readable_as_its_folder(directory / lora_file.FILE)
 
-    def _settings(self) -> dict[str, Any]:
-        """The LoRA's settings in JSON's types (without them a loader assumes alpha = rank)."""
-        settings = self.denoiser.peft_config["default"].to_dict()
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in settings.items()}
+    def _scales(self) -> dict[str, float]:
+        """By layer, what B A counts."""
+        layers = self.denoiser.named_modules()
+        return {name: float(layer.scaling["default"]) for name, layer in layers if isinstance(layer, LoraLayer)}
 
     def load(self, directory: Path) -> None:
-        """Reads what `save` wrote.
+        """Reads what `save` wrote, and what others did: it counts as much as it did there, whatever alpha is here.
 
         Raises:
             FileNotFoundError: there is no adapter in the folder.
-            ValueError: the folder's adapter is for another model, or has other layers, another rank or another alpha.
+            ValueError: the folder's adapter is for another model, or has other layers or another rank.
         """
-        if not (directory / _FILE).is_file():
-            raise FileNotFoundError(f"There is no {_FILE} in '{directory}'; runs write theirs to adapter/.")
+        if not (directory / lora_file.FILE).is_file():
+            raise FileNotFoundError(f"There is no {lora_file.FILE} in '{directory}'; runs write theirs to adapter/.")
         shown = f"The adapter in {directory}"
-        state, *_, settings = self._pipeline.lora_state_dict(
-            directory, weight_name=_FILE, use_safetensors=True, return_lora_metadata=True
+        state, *alphas, settings = self._pipeline.lora_state_dict(
+            directory, weight_name=lora_file.FILE, use_safetensors=True, return_lora_metadata=True
         )
         prefix = f"{self._component}."
-        if not any(key.startswith(prefix) for key in state):
+        if not any(key.startswith(prefix) for key in state) or any(alphas):
             raise ValueError(
                 f"{shown} adapts {min(state).partition('.')[0]!r} and not this policy's {_NAMES[self._component]}: "
                 "it belongs to a model of another family, or is in another program's format."
@@ -161,8 +166,9 @@ class Adapter:
         if self._component == "unet":
             state = convert_unet_state_dict_to_peft(state)  # of older diffusers
         self._check_layers(state, shown)
-        self._check_scale(state, {key.removeprefix(prefix): value for key, value in (settings or {}).items()}, shown)
-        set_peft_model_state_dict(self.denoiser, state)
+        written = lora_file.scales(state, {key.removeprefix(prefix): each for key, each in (settings or {}).items()})
+        by = {layer: written[layer] / own for layer, own in self._scales().items()}
+        set_peft_model_state_dict(self.denoiser, lora_file.scaled(state, by))
 
     def _check_layers(self, state: Mapping[str, Tensor], shown: str) -> None:
         expected = get_peft_model_state_dict(self.denoiser)
@@ -187,18 +193,6 @@ class Adapter:
             "Use the same policy and policy.lora as in the run that made it."
         )
 
-    def _check_scale(self, state: Mapping[str, Tensor], settings: Mapping[str, Any], shown: str) -> None:
-        own = self.denoiser.peft_config["default"]
-        alpha = settings.get("lora_alpha", _ranks(state)[0])  # what diffusers takes where none is recorded
-        if alpha != own.lora_alpha:
-            raise ValueError(
-                f"{shown} has lora_alpha={alpha} and would count {own.lora_alpha / alpha:.3g} times as much here: "
-                f"set policy.lora.lora_alpha={alpha}."
-            )
-        stabilised = settings.get("use_rslora", False)
-        if stabilised != own.use_rslora:
-            raise ValueError(f"{shown} would be scaled otherwise here: set policy.lora.use_rslora={stabilised}.")
-
 
 def _special(layer: LoraLayer) -> bool:
     """Whether its output is more than frozen(x) + scaling B A x: DoRA's, or one with biases."""
@@ -214,24 +208,3 @@ def _widths(key: str, state: Mapping[str, Tensor]) -> tuple[int, ...]:
     """Of the adapted layer, whatever the rank: PEFT's matrices are (rank, in, ...) and (out, rank, ...)."""
     shape = tuple(state[key].shape)
     return shape[1:] if key.endswith("lora_A.weight") else shape[:1] + shape[2:]
-
-
-def _check(lora: LoraConfig, denoiser: nn.Module, name: str) -> None:
-    """What PEFT would not tell, or not by name: a rank of 0, and one target of several that fits no layer."""
-    if lora.r < 1:
-        raise ValueError(f"policy.lora.r={lora.r} must be at least 1.")
-    if not isinstance(lora.target_modules, set):  # a regular expression, or all of a kind
-        return
-    layers = {path for path, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
-    for target in sorted(lora.target_modules):
-        if not any(path == target or path.endswith(f".{target}") for path in layers):
-            raise ValueError(
-                f"The LoRA settings do not fit this {name}: policy.lora.target_modules has {target!r}, "
-                f"which no layer is called; some are {', '.join(_common(layers))}."
-            )
-
-
-def _common(layers: set[str]) -> list[str]:
-    """The sixteen most frequent names of layers, with what makes a mere number a name."""
-    names = [".".join(path.split(".")[-2:] if path[-1].isdigit() else path.split(".")[-1:]) for path in layers]
-    return sorted(set(names), key=lambda name: (-names.count(name), name))[:16]

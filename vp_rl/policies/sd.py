@@ -7,9 +7,10 @@ from torch import Tensor
 from vp_rl.configuration.kinds import Count, Dtype, Text
 from vp_rl.policies.adapted import AdaptedPolicy, Tokens
 from vp_rl.policies.economy import DEFAULT, Economy
-from vp_rl.policies.guidance import Guidance
-from vp_rl.policies.pipelines import Source, latent_size, load_pipeline
-from vp_rl.policies.text import tokenize
+from vp_rl.policies.guidance import embedded, of_unet
+from vp_rl.policies.pipelines import Source, latent_size, load_pipeline, native_size
+from vp_rl.policies.settings import check
+from vp_rl.policies.text import attended, tokenize
 from vp_rl.processes.ddim import DDIM
 from vp_rl.types import Conditioning
 
@@ -43,22 +44,34 @@ class StableDiffusion(AdaptedPolicy):
         revision: Text | None = None,
         variant: Text | None = None,
     ) -> None:
+        check(path=path, lora=lora, dtype=dtype, resolution=resolution, negative_prompt=negative_prompt)
+        check(gradient_checkpointing=gradient_checkpointing, revision=revision, variant=variant)
         source, models = Source(path, dtype, revision, variant, economy.quantize), "Stable Diffusion 1.x and 2.x"
         pipeline = load_pipeline(source, StableDiffusionPipeline, models, _UNCHECKED)
         super().__init__(pipeline, "unet", lora, economy, gradient_checkpointing)
-        self.process = DDIM(dict(pipeline.scheduler.config))
+        self.process = DDIM(pipeline.scheduler)
         pixels = pipeline.vae_scale_factor
-        size = latent_size(resolution, pipeline.unet.config.sample_size * pixels, pixels)
+        size = latent_size(resolution, native_size(pipeline.unet.config.sample_size, pixels), pixels)
         self.latent_shape = (pipeline.unet.config.in_channels, size, size)
-        self.guidance = Guidance(self.encode([negative_prompt]))
+        self.guidance = of_unet(pipeline.unet, self.encode([negative_prompt]))
 
     def tokenize(self, prompts: list[str]) -> Tokens:
-        """CLIP's."""
-        return [tokenize(self.tokenizer, prompts, self.tokenizer.model_max_length)]
+        """CLIP's; and what is no padding, where the encoder is told to look at nothing else."""
+        words = tokenize(self.tokenizer, prompts, self.tokenizer.model_max_length)
+        if not getattr(self.text_encoder.config, "use_attention_mask", False):
+            return [words]
+        return [words, attended(self.tokenizer, prompts, self.tokenizer.model_max_length)]
 
     def embed(self, tokens: Tokens) -> Conditioning:
         """{"text": (B, tokens, width)}."""
-        return {"text": self.text_encoder(tokens[0])[0]}
+        words, *mask = tokens
+        return {"text": self.text_encoder(words, attention_mask=mask[0] if mask else None)[0]}
 
     def _denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
-        return self.unet(latents.to(self._dtype), timestep, conditioning["text"], return_dict=False)[0].float()
+        return self.unet(
+            latents.to(self._dtype),
+            timestep,
+            conditioning["text"],
+            timestep_cond=embedded(self.unet, conditioning),
+            return_dict=False,
+        )[0].float()

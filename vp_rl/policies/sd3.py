@@ -10,12 +10,11 @@ from vp_rl.configuration.kinds import Count, Dtype, Text
 from vp_rl.policies.adapted import AdaptedPolicy, Tokens
 from vp_rl.policies.economy import DEFAULT, Economy
 from vp_rl.policies.guidance import Guidance
-from vp_rl.policies.pipelines import Source, latent_size, load_pipeline
+from vp_rl.policies.pipelines import OPTIONAL, Source, latent_size, load_pipeline, native_size
+from vp_rl.policies.settings import check
 from vp_rl.policies.text import tokenize
 from vp_rl.processes.flow import Flow
 from vp_rl.types import Conditioning
-
-_T5 = "text_encoder_3", "tokenizer_3"
 
 
 class StableDiffusion3(AdaptedPolicy):
@@ -35,6 +34,8 @@ class StableDiffusion3(AdaptedPolicy):
         revision, variant: of a hub repository's files.
     """
 
+    shifted = True
+
     def __init__(
         self,
         path: Text,
@@ -50,16 +51,21 @@ class StableDiffusion3(AdaptedPolicy):
         revision: Text | None = None,
         variant: Text | None = None,
     ) -> None:
+        check(path=path, lora=lora, dtype=dtype, t5=t5, t5_tokens=t5_tokens, resolution=resolution)
+        check(gradient_checkpointing=gradient_checkpointing, revision=revision, variant=variant)
+        check(negative_prompt=negative_prompt)
         source = Source(path, dtype, revision, variant, economy.quantize)
-        without = {} if t5 else dict.fromkeys(_T5)
-        pipeline = load_pipeline(source, StableDiffusion3Pipeline, "Stable Diffusion 3 and 3.5", without, optional=_T5)
+        without = {} if t5 else dict.fromkeys(OPTIONAL)
+        pipeline = load_pipeline(
+            source, StableDiffusion3Pipeline, "Stable Diffusion 3 and 3.5", without, optional=OPTIONAL
+        )
         super().__init__(pipeline, "transformer", lora, economy, gradient_checkpointing)
         config, pixels = pipeline.transformer.config, pipeline.vae_scale_factor
-        patches = latent_size(resolution, config.sample_size * pixels, config.patch_size * pixels)
+        patches = latent_size(resolution, native_size(config.sample_size, pixels), config.patch_size * pixels)
         if patches > config.pos_embed_max_size:
             largest = config.pos_embed_max_size * config.patch_size * pixels
             raise ValueError(f"policy.resolution={resolution} is more than this model's positions reach: {largest}.")
-        self.process = Flow(dict(pipeline.scheduler.config), patches**2)
+        self.process = Flow(pipeline.scheduler, patches**2)
         self.latent_shape = (config.in_channels, *[patches * config.patch_size] * 2)
         self._t5_tokens = t5_tokens
         self.guidance = Guidance(self.encode([negative_prompt]))
@@ -67,11 +73,11 @@ class StableDiffusion3(AdaptedPolicy):
     def tokenize(self, prompts: list[str]) -> Tokens:
         """Of two CLIPs, and of T5, which reads further; zeros in its place."""
         limit, alone = self.tokenizer.model_max_length, self.text_encoder_3 is None
-        first = tokenize(self.tokenizer, prompts, limit, warn=alone)
-        second = tokenize(self.tokenizer_2, prompts, limit, warn=False)
+        first = tokenize(self.tokenizer, prompts, limit, warn=alone, inversions=False)
+        second = tokenize(self.tokenizer_2, prompts, limit, warn=False, inversions=False)
         if alone:
             return [first, second, torch.zeros(len(prompts), self._t5_tokens, dtype=torch.long)]
-        return [first, second, tokenize(self.tokenizer_3, prompts, self._t5_tokens)]
+        return [first, second, tokenize(self.tokenizer_3, prompts, self._t5_tokens, inversions=False)]
 
     def embed(self, tokens: Tokens) -> Conditioning:
         """{"text": (B, CLIP's tokens + T5's, width), "pooled": (B, width)}: two CLIPs beside each other, then T5."""

@@ -10,8 +10,9 @@ from torch import Tensor
 from vp_rl.configuration.kinds import Count, Dtype, Text
 from vp_rl.policies.adapted import AdaptedPolicy, Tokens
 from vp_rl.policies.economy import DEFAULT, Economy
-from vp_rl.policies.guidance import Guidance
-from vp_rl.policies.pipelines import Source, latent_size, load_pipeline, load_vae
+from vp_rl.policies.guidance import embedded, of_unet
+from vp_rl.policies.pipelines import Source, latent_size, load_pipeline, load_vae, native_size
+from vp_rl.policies.settings import check
 from vp_rl.policies.text import tokenize
 from vp_rl.processes.ddim import DDIM
 from vp_rl.types import Conditioning
@@ -52,6 +53,9 @@ class StableDiffusionXL(AdaptedPolicy):
         revision: Text | None = None,
         variant: Text | None = None,
     ) -> None:
+        check(path=path, lora=lora, dtype=dtype, resolution=resolution, vae=vae)
+        check(negative_prompt="" if negative_prompt is None else negative_prompt)
+        check(gradient_checkpointing=gradient_checkpointing, revision=revision, variant=variant)
         source = Source(path, dtype, revision, variant, economy.quantize)
         components: dict[str, Any] = {"add_watermarker": False}
         if vae is not None:
@@ -59,16 +63,16 @@ class StableDiffusionXL(AdaptedPolicy):
         pipeline = load_pipeline(source, StableDiffusionXLPipeline, "Stable Diffusion XL", components)
         pipeline.vae = _wide_enough(pipeline.vae)
         super().__init__(pipeline, "unet", lora, economy, gradient_checkpointing)
-        self.process = DDIM(dict(pipeline.scheduler.config))
+        self.process = DDIM(pipeline.scheduler)
         pixels = pipeline.vae_scale_factor
-        size = latent_size(resolution, pipeline.unet.config.sample_size * pixels, pixels)
+        size = latent_size(resolution, native_size(pipeline.unet.config.sample_size, pixels), pixels)
         self.latent_shape = (pipeline.unet.config.in_channels, size, size)
         height = width = float(size * pixels)
         self.register_buffer("_sizes", torch.tensor([[height, width, 0.0, 0.0, height, width]]), persistent=False)
         negative = self.encode([negative_prompt or ""])
         if negative_prompt is None and pipeline.config.force_zeros_for_empty_prompt:
             negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
-        self.guidance = Guidance(negative)
+        self.guidance = of_unet(pipeline.unet, negative)
 
     def tokenize(self, prompts: list[str]) -> Tokens:
         """Of two CLIPs that read equally far."""
@@ -85,7 +89,8 @@ class StableDiffusionXL(AdaptedPolicy):
     def _denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
         added = {"text_embeds": conditioning["pooled"], "time_ids": self._sizes.expand(len(latents), -1)}
         inputs = latents.to(self._dtype), timestep, conditioning["text"]
-        return self.unet(*inputs, added_cond_kwargs=added, return_dict=False)[0].float()
+        scale = embedded(self.unet, conditioning)
+        return self.unet(*inputs, timestep_cond=scale, added_cond_kwargs=added, return_dict=False)[0].float()
 
 
 def _wide_enough(vae: AutoencoderKL) -> AutoencoderKL:

@@ -7,21 +7,23 @@ deviation sigma_t sqrt(-dt) is added in each step, and a drift of sigma_t^2 / 2t
 away. Its `eta` (there `a`, the noise level) is 0.7.
 """
 
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+from diffusers import SchedulerMixin
 from jaxtyping import Float
 from torch import Tensor
 
 from vp_rl.functional import rows
 from vp_rl.interfaces import Process
+from vp_rl.processes.schedulers import for_flow
 from vp_rl.types import Latents, Steps, Transition
 
 
 class Flow(Process):
-    """The schedule is diffusers' own, built from a pipeline's scheduler config; the transition is ours.
+    """The schedule is that of a pipeline's scheduler; the transition is ours.
 
     Two steps are not the SDE's:
     - The first has sigma_t of the second, as in Flow-GRPO's code: at t = 1 it would be infinite.
@@ -29,18 +31,16 @@ class Flow(Process):
       step out of training (`timestep_fraction` 0.99); one without density is left out by itself, and images stay clean.
 
     Args:
-        scheduler_config: of a `FlowMatchEulerDiscreteScheduler`.
+        scheduler: as a loaded pipeline has it; any other sampler of such models than Euler's has Euler's steps in its
+            place, with a warning.
         tokens: of an image: what a schedule with `use_dynamic_shifting` is shifted by.
         even: whether t falls in even steps from 1 to 1 / steps before it is shifted, as in FLUX's pipeline; otherwise
             the scheduler itself chooses, as in Stable Diffusion 3's.
     """
 
-    def __init__(self, scheduler_config: dict[str, Any], tokens: int, even: bool = False) -> None:
-        self._config, self._even = dict(scheduler_config), even
-        config = FlowMatchEulerDiscreteScheduler.from_config(self._config).config
-        for name in ("invert_sigmas", "stochastic_sampling"):
-            if config[name]:
-                raise ValueError(f"This scheduler has {name}, for which a step's density is unknown.")
+    def __init__(self, scheduler: SchedulerMixin, tokens: int, even: bool = False) -> None:
+        self._scheduler, self._even = deepcopy(for_flow(scheduler)), even
+        config = self._scheduler.config
         self._train_steps: int = config["num_train_timesteps"]
         self._shift = _shift(config, tokens) if config["use_dynamic_shifting"] else None
         self._cache: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
@@ -59,7 +59,7 @@ class Flow(Process):
         if (steps, device) not in self._cache:
             if not 1 <= steps <= self._train_steps:
                 raise ValueError(f"steps must be between 1 and {self._train_steps}, not {steps}.")
-            scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._config)
+            scheduler = deepcopy(self._scheduler)
             even = np.linspace(1.0, 1 / steps, steps).tolist() if self._even else None
             scheduler.set_timesteps(steps, sigmas=even, mu=self._shift)
             timesteps, times = torch.as_tensor(scheduler.timesteps), torch.as_tensor(scheduler.sigmas)
