@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -146,10 +146,10 @@ def overall(
     difference = np.bincount(prompt, after - before) / np.bincount(prompt)
     task_of = task[np.unique(prompt, return_index=True)[1]]
     if np.unique(task_of, return_counts=True)[1].min() < 2:
-        return Change(**means, low=math.nan, high=math.nan)
+        return replace(by_task[0], **means, low=math.nan, high=math.nan, chance=1.0)
     whole = _as_one_mean(difference, task_of)
     low, high = estimates.paired(whole, scale=1.0)
-    return Change(**means, low=low, high=high, chance=estimates.chance(whole, 1.0))
+    return replace(by_task[0], **means, low=low, high=high, chance=estimates.chance(whole, 1.0))
 
 
 def _as_one_mean(

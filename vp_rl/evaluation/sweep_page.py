@@ -82,12 +82,13 @@ def page(
 
 def changes_of(summary: Mapping[str, Any]) -> dict[str, Change]:
     """A run's own; what is null there is not a number."""
-    found = {name: own for name, own in summary.get("held_out", {}).items() if name in _METRICS}
-    fields = Change.__dataclass_fields__
-    return {
-        name: Change(**{key: math.nan if each is None else each for key, each in own.items() if key in fields})
-        for name, own in found.items()
-    }
+    found: dict[str, Change] = {}
+    for name, own in summary.get("held_out", {}).items():
+        known = {key: each for key, each in own.items() if key in Change.__dataclass_fields__}
+        values: dict[str, Any] = {key: math.nan if each is None else each for key, each in known.items()}
+        if name in _METRICS:
+            found[name] = Change(**values)
+    return found
 
 
 def _together(changes: Sequence[Mapping[str, Change]]) -> list[dict[str, Change]]:
