@@ -16,12 +16,12 @@ from torch import nn
 from vp_rl.annotators.answers import read_ratings, write_ratings
 from vp_rl.evaluation.claims import decide
 from vp_rl.evaluation.compare import LEVELS, as_dict, as_markdown, compare
-from vp_rl.visionprefer.estimates import paired
 from vp_rl.evaluation.images import Evaluation, Evaluator
 from vp_rl.interfaces import Annotator, Policy, PromptSource, Reward
 from vp_rl.processes.ddim import DDIM
 from vp_rl.sampler import Sampler
 from vp_rl.types import Answer, Aspect, Conditioning, Images, Latents, Rating, Scores, Split
+from vp_rl.visionprefer.estimates import paired
 
 
 class Bright(Policy):

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from vp_rl.evaluation.compare import change
-from vp_rl.visionprefer.estimates import paired
 from vp_rl.evaluation.detectors import SceneDetector
 from vp_rl.evaluation.geneval import Box, Detector, Found, Limits, check, examine, iou, keep, relations
 from vp_rl.evaluation.objects import _as_one_mean, overall
 from vp_rl.scenes.grammar import Scene, Thing, parse
 from vp_rl.scenes.render import render
+from vp_rl.visionprefer.estimates import paired
 from vp_rl.visionprefer.object_prompts import RELATIONS, Clause, GenEvalPrompts, SceneObjects, Wanted, of_scene
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
