@@ -12,7 +12,7 @@ from vp_rl.types import ASPECTS
 from vp_rl.visionprefer import estimates
 
 LEVELS = {*ASPECTS, "mean_rating", "correct"}
-"""Metrics in steps of 1, by which a prompt that was not drawn may have moved: ratings, and what is so or not."""
+"""What the judge says: ratings in steps of 1, or a quarter of that for their mean, and what is so or not."""
 
 TOO_FEW = "too few prompts"
 """Stands where an interval would."""
@@ -98,7 +98,7 @@ def compare_metrics(base: Evaluation, tuned: Evaluation) -> dict[str, Change]:
 
 def scale_of(name: str) -> float:
     """How far a prompt may move at least by this metric: see `estimates.paired`."""
-    return 1.0 if name in LEVELS else 0.0
+    return 0.25 if name == "mean_rating" else 1.0 if name in LEVELS else 0.0
 
 
 def change(before: np.ndarray, after: np.ndarray, prompt: np.ndarray, scale: float = 0.0) -> Change:

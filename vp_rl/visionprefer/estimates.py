@@ -91,20 +91,20 @@ def paired(values: Float[np.ndarray, " prompts"], confidence: float = 0.95, scal
     variance leaves out n - 1 (Hesterberg 2015, "What teachers should know about the bootstrap", 4.3). Of few prompts
     Student's interval too, since resamples cannot leave the range of what was drawn. And what has not been seen: with
     that confidence, prompts of no kind that was drawn are a share below 1 - (alpha / 2)^(1 / n) of all (of 128, 3%; of
-    8, 37%), and may have moved as far as the one that moved most, or by `scale`. So a change that few prompts carry is
-    not sure, and that nothing was seen to change does not mean that nothing does.
+    8, 37%), and may have moved by `scale` either way, or by the mean. So prompts that all move alike are as sure as by
+    the sign test, and that nothing was seen to change does not mean that nothing does.
 
     Args:
         values: of each prompt.
         confidence: that the interval holds the mean.
-        scale: how far a prompt may move at least, where that is known: 1 for a share, or for a level of ratings.
+        scale: how far a prompt may move, where that is known: 1 for a share, or for a level of ratings.
     """
     number = len(values)
     if number < FEWEST:
         return math.nan, math.nan
     side, mean = (1 - confidence) / 2, float(values.mean())
     unseen = 1 - side ** (1 / number)
-    most = max(float(np.abs(values).max()), scale)
+    most = max(abs(mean), scale)
     ends = [(mean * (1 - unseen) - unseen * most, mean * (1 - unseen) + unseen * most)]
     if not _FEW <= number <= _MANY:
         half = float(t.ppf(1 - side, number - 1)) * float(values.std(ddof=1)) / math.sqrt(number)
@@ -120,13 +120,13 @@ def paired(values: Float[np.ndarray, " prompts"], confidence: float = 0.95, scal
 def chance(values: Float[np.ndarray, " prompts"], scale: float = 0.0) -> float:
     """How probable, where nothing has changed, a mean so far from 0 is: the larger of two of `paired`'s reasons.
 
-    Student's test, and what has not been seen, which of prompts that all moved alike is the sign test. 1 of fewer than
-    `FEWEST` prompts.
+    Student's test, and what has not been seen; never less than by the sign test of prompts that all moved one way. 1 of
+    fewer than `FEWEST` prompts.
     """
     number, mean = len(values), abs(float(values.mean())) if len(values) else 0.0
     if number < FEWEST or mean == 0:
         return 1.0
-    most = max(float(np.abs(values).max()), scale)
+    most = max(mean, scale)
     error = float(values.std(ddof=1)) / math.sqrt(number)
     student = 2 * float(t.sf(mean / error, number - 1)) if error else 0.0
     return min(1.0, max(student, 2 * (most / (mean + most)) ** number))
