@@ -195,3 +195,26 @@ def test_the_table_has_a_row_for_each_rule_and_a_column_for_each_predictor() -> 
         "| mean | 75.0% [70.0%, 80.0%] of 40 pairs | 50.0% [40.0%, 60.0%] of 40 pairs | 50.0% |",
         "| pooled | 75.0% [70.0%, 80.0%] of 40 pairs | 50.0% [40.0%, 60.0%] of 40 pairs | 50.0% |",
     ]
+
+
+@pytest.mark.parametrize(("truth", "prompts"), [(0.97, 9), (0.97, 40), (0.5, 5), (0.8, 15)])
+def test_a_shares_interval_holds_the_truth_near_the_bounds_and_of_few_prompts(truth: float, prompts: int) -> None:
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(500):
+        found = share(rng.binomial(1, truth, prompts).astype(float), np.ones(prompts))
+        held += found.low <= truth <= found.high
+        assert found.low < found.high
+    assert held / 500 > 0.92, "3 sigma below 95%; resampling prompts holds 24% of the first case"
+
+
+def test_five_right_of_five_is_not_certainty() -> None:
+    found = share(np.ones(5), np.ones(5))
+    assert found.share == found.high == 1
+    assert found.low < 0.57  # Wilson's of five trials, and less, since the spread is estimated from five
+
+
+def test_of_two_prompts_that_agree_no_lead_is_sure() -> None:
+    found = lead(by_pairs(np.array([4, 4]), 4), by_pairs(np.array([0, 0]), 4))
+    assert found.value == 1
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)

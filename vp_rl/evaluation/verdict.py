@@ -180,7 +180,7 @@ def _worse(found: Compared, rival: Rival) -> Verdict:
     no = f"No rating or reward {lower}, over all prompts or in a category"
     if alike:
         become = "Images became more alike" if rival is BASE else "Its images are more alike"
-        return Verdict(question, become, _sentence("; ".join([" and ".join(alike), f"{no}; {images}"])), "mixed")
+        return Verdict(question, become, f"{_sentence(' and '.join(alike))} {no}; {images}.", "mixed")
     if rating.few:
         no = "Of so few prompts nothing can be said"
     return Verdict(question, "Not clearly", f"{no}{'; still, ' if rating.loss else ': '}{images}.", "even")
