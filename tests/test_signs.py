@@ -160,7 +160,7 @@ def test_a_kl_that_explodes_is_told(kl: list[float], said: str) -> None:
 
 
 def test_the_final_comparison_is_looked_at_too() -> None:
-    base, tuned = made_up(np.full((9, 2), 0.5))
+    base, tuned = made_up(np.full((20, 2), 0.5))
     tuned.ratings[:] = 2
     (sign,) = (each for each in signs([], decide(compare(base, tuned)).changes) if each.severity == "warning")
     assert sign.epoch is None
