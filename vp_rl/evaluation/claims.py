@@ -2,7 +2,7 @@
 
 A page looks at many numbers, and of twenty that do not change one looks as if it did. So where nothing has changed at
 all, at most `ALPHA` of pages may say of anything that it did: `SIGNS` of it is for signs while training, which come
-from other images, and the rest for all comparisons of the finished images (Holm's procedure, `estimates.holm`).
+from other images, `TRADES` is left for aspects that were bought with others (`trades`), and the rest for all comparisons of the finished images (Holm's procedure, `estimates.holm`).
 """
 
 from collections.abc import Hashable, Mapping
@@ -13,7 +13,7 @@ from vp_rl.evaluation.compare import LEVELS, Change
 from vp_rl.evaluation.duel import Duel
 from vp_rl.visionprefer import estimates
 
-ALPHA, SIGNS = 0.05, 0.01
+ALPHA, SIGNS, TRADES = 0.05, 0.01, 0.015
 FIRST = "mean_rating"
 """What a page is about: half of its share of chance is for this."""
 UNTESTED = ("look/distance",)
@@ -60,7 +60,7 @@ def decide(
         categories: of each category's.
         pairs: by aspect.
     """
-    held = held_by(counted(changes, categories, pairs), ("", FIRST), ALPHA - SIGNS)
+    held = held_by(counted(changes, categories, pairs), ("", FIRST), ALPHA - SIGNS - TRADES)
 
     def marked(part: str | None, own: Mapping[str, Either]) -> dict[str, Either]:
         return {name: mark(each, held.get((part, name), False)) for name, each in own.items()}

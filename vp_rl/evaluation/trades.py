@@ -12,8 +12,8 @@ def trades(categories: Mapping[str, Mapping[str, Change]], prompts: Mapping[str,
     """A sign for each category whose mean rating rises while it loses something else.
 
     That is an aspect, or the share of fully correct images, which clearly falls (a warning), or that share becoming
-    nothing (a note: of few prompts it may be chance). Both must be outside their own 95% intervals, which two measures
-    of one category are at once by chance in less than one of a thousand.
+    nothing (a note: of few prompts it may be chance). What rises and falls must be outside its own 95% interval;
+    `claims.TRADES` leaves room for how often that is chance.
 
     Args:
         categories: the comparison within each; "" is that of all prompts.
