@@ -2,7 +2,8 @@
 
 A page looks at many numbers, and of twenty that do not change one looks as if it did. So where nothing has changed at
 all, at most `ALPHA` of pages may say of anything that it did: `SIGNS` of it is for signs while training, which come
-from other images, `TRADES` is left for aspects that were bought with others (`trades`), and the rest for all comparisons of the finished images (Holm's procedure, `estimates.holm`).
+from other images, `TRADES` is left for aspects that were bought with others (`trades`), and the rest is for all
+comparisons of the finished images (Holm's procedure, `estimates.holm`).
 """
 
 from collections.abc import Hashable, Mapping
