@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -227,9 +228,9 @@ def test_published_numbers_are_those_of_the_papers() -> None:
 def test_the_console_has_a_line_for_each_reward_set_and_protocol() -> None:
     them = judged()
     lines = console([measure("r", Made(), them, scores_of(them, 1.0))]).splitlines()
-    assert lines[2:] == [
-        "| r | made | mean over prompts | 0.0 [0.0, 0.0] |",
-        "| r | made | pooled pairs | 0.0 [0.0, 0.0] |",
+    assert [re.sub(r"0\.0, [\d.]+\] of \d+", "0.0, H] of N", line) for line in lines[2:]] == [
+        "| r | made | mean over prompts | 0.0 [0.0, H] of N prompts |",
+        "| r | made | pooled pairs | 0.0 [0.0, H] of N pairs |",
     ]
 
 
