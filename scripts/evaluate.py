@@ -15,7 +15,6 @@ python scripts/evaluate.py objects --help
 import gc
 import logging
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,13 +32,14 @@ from vp_rl.data.sets.base import HumanSet, Judged
 from vp_rl.evaluation.accuracy_report import console, write
 from vp_rl.evaluation.human_accuracy import Result, measure
 from vp_rl.evaluation.scoring import Scorer, fingerprint, score_set
+from vp_rl.evaluation.settings import command
 from vp_rl.secrets import guard
 
 log = logging.getLogger("vp_rl")
 
 COMMANDS = ("accuracy", "images", "objects", "blind")
 _LISTS = {"reward": ("reward", "rewards", "vp_score"), "data": ("human", "data", "visionprefer")}
-_COMMAND = shlex.join(["python", "scripts/evaluate.py", *sys.argv[1:]])
+_COMMAND = command(["python", "scripts/evaluate.py", *sys.argv[1:]])
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")

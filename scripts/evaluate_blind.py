@@ -20,7 +20,7 @@ from vp_rl.evaluation.blind_answers import read_answers, results
 from vp_rl.evaluation.blind_report import console, write
 from vp_rl.evaluation.compare import BASE, Rival
 from vp_rl.evaluation.images import Evaluation
-from vp_rl.evaluation.settings import public
+from vp_rl.evaluation.settings import command
 from vp_rl.types import ASPECTS
 from vp_rl.visionprefer.votes import OVERALL
 
@@ -74,9 +74,12 @@ def main(arguments: Sequence[str]) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     print(console(found))
-    print(f"\nResults: {write(found, given.folder, public(_command(given.folder, given.answers)))}")
+    print(f"\nResults: {write(found, given.folder, command(_words(given.folder, given.answers)))}")
 
 
-def _command(folder: Path, answers: Sequence[Path] = (Path("answers-*.json"),)) -> str:
-    files = " ".join(str(file) if "*" in str(file) else shlex.quote(str(file)) for file in answers)
-    return f"python scripts/evaluate.py blind {shlex.quote(str(folder))} {files}"
+def _command(folder: Path) -> str:
+    return f"{shlex.join(_words(folder))} answers-*.json"
+
+
+def _words(folder: Path, answers: Sequence[Path] = ()) -> list[str]:
+    return ["python", "scripts/evaluate.py", "blind", str(folder), *map(str, answers)]

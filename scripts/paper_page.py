@@ -45,8 +45,8 @@ _AXES = {
 _NOTE = (
     "This is the embedded world: tiny models that draw coloured shapes, and a judge that measures pixels. It shows "
     "whether the method's claims hold *there*; it is no evidence about real images, and no number of the paper's is "
-    "reproduced. Differences are between means over seeds, with 95% intervals from the larger of two standard "
-    "errors: that between seeds (by Student's t), and that between the held-out prompts. Models and rewards are "
+    "reproduced. Differences are between means over seeds, with 95% intervals of both sources of "
+    "error: other seeds (by Student's t) and other held-out prompts. Models and rewards are "
     "compared prompt by prompt; the less careful annotator as if it had prompts of its own."
 )
 

@@ -137,7 +137,7 @@ def changes(file: Path) -> dict[str, Float[np.ndarray, " prompts"]]:
 def accurate(found: Found) -> Difference:
     """A reward's accuracy over seeds."""
     each = list(found.values())
-    return difference([one.value for one in each], together([one.parts for one in each], [one.error for one in each]))
+    return difference([one.value for one in each], *together([one.parts for one in each], [one.error for one in each]))
 
 
 def more_accurate(one: Found, other: Found) -> Difference | None:
@@ -147,13 +147,25 @@ def more_accurate(one: Found, other: Found) -> Difference | None:
         return None
     parts = [None if a.parts is None or b.parts is None else a.parts - b.parts for a, b in both]
     within = together(parts, [math.hypot(a.error, b.error) for a, b in both])
-    return difference([a.value - b.value for a, b in both], within)
+    return difference([a.value - b.value for a, b in both], *within)
 
 
-def together(parts: Sequence[Float[np.ndarray, " prompts"] | None], errors: Sequence[float]) -> float:
-    """Error of a mean over seeds. All have the same prompts, so that several are little surer of them than one."""
+def together(parts: Sequence[Float[np.ndarray, " prompts"] | None], errors: Sequence[float]) -> tuple[float, float]:
+    """Error of a mean over seeds, and how much of it is each seed's own.
+
+    All have the same prompts, so that several are little surer of them than one.
+    """
     known = [each for each in parts if each is not None]
-    return norm(np.mean(known, axis=0)) if len(known) == len(parts) else fmean(errors)
+    if len(known) < len(parts):
+        return fmean(errors), 0.0
+    return norm(np.mean(known, axis=0)), alone(np.array(known))
+
+
+def alone(by_prompt: Float[np.ndarray, "seeds prompts"]) -> float:
+    """Error of the mean over seeds from what each seed has of each prompt beside what the prompt has in all of them."""
+    seeds = len(by_prompt)
+    rest = by_prompt - by_prompt.mean(0) - (by_prompt - by_prompt.mean(0)).mean(1, keepdims=True)
+    return norm(rest.ravel()) / math.sqrt(seeds * (seeds - 1)) if seeds > 1 else 0.0
 
 
 def more_changed(one: Changes, other: Changes | None = None) -> Difference | None:
@@ -163,14 +175,24 @@ def more_changed(one: Changes, other: Changes | None = None) -> Difference | Non
     gaps = np.array([one[seed] - other[seed] for seed in one if seed in other])
     if not gaps.size:
         return None
+    prompts = gaps.shape[1]
+    scale = math.sqrt(prompts * (prompts - 1)) if prompts > 1 else math.inf
     by_prompt = gaps.mean(0)
-    within = float(by_prompt.std(ddof=1)) / math.sqrt(len(by_prompt)) if len(by_prompt) > 1 else 0.0
-    return difference(gaps.mean(1).tolist(), within)
+    within = norm(by_prompt - by_prompt.mean()) / scale
+    return difference(gaps.mean(1).tolist(), within, alone((gaps - gaps.mean(1, keepdims=True)) / scale))
 
 
-def difference(by_seed: list[float], within: float) -> Difference:
-    """Over seeds, as sure as the less sure of its two sources: seeds, and prompts with the error `within`."""
+def difference(by_seed: list[float], within: float, both: float = 0.0) -> Difference:
+    """Over seeds, with the errors of both its sources: other seeds would have come out otherwise, and other prompts.
+
+    Args:
+        by_seed: of each seed.
+        within: error over prompts.
+        both: what is in the one and in the other, and counts once (Cameron, Gelbach and Miller 2011, "Robust inference
+            with multiway clustering").
+    """
     seeds = len(by_seed)
     # Of few seeds the spread is a rough estimate: by Student's t its interval is that much wider.
     between = stdev(by_seed) / math.sqrt(seeds) * t.ppf(0.975, seeds - 1) / Z if seeds > 1 else 0.0
-    return Difference(fmean(by_seed), max(within, between), seeds)
+    least = max(within, between)
+    return Difference(fmean(by_seed), max(least, math.sqrt(max(0.0, between**2 + within**2 - both**2))), seeds)

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vp_rl.configuration.check import check
-from vp_rl.evaluation.settings import override
+from vp_rl.evaluation.settings import command as pasted
 from vp_rl.evaluation.store import Kept, Store, fingerprint
 from vp_rl.interfaces import Policy, Unanswered
 
@@ -124,8 +123,8 @@ def command(what: str, added: str = "") -> str:
         added: what `expand` has put before some of its overrides.
     """
     given = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    shown = (override(each.removeprefix(added)) for each in given)
-    return shlex.join(["python", "scripts/evaluate.py", what, *shown]) if given else ""
+    shown = (each.removeprefix(added) for each in given)
+    return pasted(["python", "scripts/evaluate.py", what, *shown]) if given else ""
 
 
 def kept_of(

@@ -4,11 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy.stats import binomtest
 
 from vp_rl.data.sets.base import Outcome
 from vp_rl.evaluation.accuracy import (
     Accuracy,
-    Lead,
     accuracy,
     as_markdown,
     lead,
@@ -64,7 +64,11 @@ def test_given_pairs_have_the_share_and_the_interval_of_their_prompts() -> None:
     right = np.arange(100) % 2 == 0
     found = preferred(right, [f"{number // 4}" for number in range(100)])
     earned = np.array([right[4 * number : 4 * number + 4].sum() for number in range(25)], float)
-    assert found == share(earned, np.full(25, 4.0)) == Accuracy(0.5, 0.5, 0.5, 100)
+    assert found == share(earned, np.full(25, 4.0))
+    assert (found.share, found.pairs) == (0.5, 100)
+    # As of the 25 prompts, which all have the same share; 100 pairs would give 0.40 to 0.60.
+    wilson = binomtest(12, 24).proportion_ci(method="wilson")
+    assert (found.low, found.high) == pytest.approx((wilson.low, wilson.high), abs=0.02)
 
 
 def test_only_the_order_of_predictions_matters() -> None:
@@ -141,9 +145,13 @@ def by_pairs(right: np.ndarray, pairs: int, prompts: list[str] | None = None) ->
 def test_a_lead_is_as_sure_as_the_prompts_agree_on_it_however_much_they_differ() -> None:
     right = np.arange(12) % 4  # some prompts are hard for both
     one, other = by_pairs(right + 1, 4), by_pairs(right, 4)
-    assert lead(one, other) == pytest.approx(Lead(0.25, 0.25, 0.25))
-    assert lead(other, one) == pytest.approx(Lead(-0.25, -0.25, -0.25))
+    unseen = 1 - 0.025 ** (1 / 12)  # of 12 prompts
+    found = lead(one, other)
+    assert found == pytest.approx((0.25, 0.25 - 1.25 * unseen, 0.25 + 0.75 * unseen))
+    assert lead(other, one) == pytest.approx((-0.25, -found.high, -found.low))
     assert accuracy(one).low < accuracy(other).high  # which by themselves would leave it open
+    large = lead(by_pairs(np.tile(right + 1, 20), 4), by_pairs(np.tile(right, 20), 4))
+    assert large.low > 0.2
 
 
 def test_a_lead_is_the_difference_of_shares_and_not_the_mean_over_prompts() -> None:
@@ -187,3 +195,26 @@ def test_the_table_has_a_row_for_each_rule_and_a_column_for_each_predictor() -> 
         "| mean | 75.0% [70.0%, 80.0%] of 40 pairs | 50.0% [40.0%, 60.0%] of 40 pairs | 50.0% |",
         "| pooled | 75.0% [70.0%, 80.0%] of 40 pairs | 50.0% [40.0%, 60.0%] of 40 pairs | 50.0% |",
     ]
+
+
+@pytest.mark.parametrize(("truth", "prompts"), [(0.97, 9), (0.97, 40), (0.5, 5), (0.8, 15)])
+def test_a_shares_interval_holds_the_truth_near_the_bounds_and_of_few_prompts(truth: float, prompts: int) -> None:
+    rng, held = np.random.default_rng(0), 0
+    for _ in range(500):
+        found = share(rng.binomial(1, truth, prompts).astype(float), np.ones(prompts))
+        held += found.low <= truth <= found.high
+        assert found.low < found.high
+    assert held / 500 > 0.92, "3 sigma below 95%; resampling prompts holds 24% of the first case"
+
+
+def test_five_right_of_five_is_not_certainty() -> None:
+    found = share(np.ones(5), np.ones(5))
+    assert found.share == found.high == 1
+    assert found.low < 0.57  # Wilson's of five trials, and less, since the spread is estimated from five
+
+
+def test_of_two_prompts_that_agree_no_lead_is_sure() -> None:
+    found = lead(by_pairs(np.array([4, 4]), 4), by_pairs(np.array([0, 0]), 4))
+    assert found.value == 1
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)

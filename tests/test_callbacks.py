@@ -23,6 +23,7 @@ from test_asking import Paid
 from test_evaluation import SAMPLER, Bright, Brightness, Prompts, evaluator
 
 from vp_rl.algorithms.refl import ReFL
+from vp_rl.callbacks.adapter import RunAdapter
 from vp_rl.callbacks.held_out import HeldOutEvaluation
 from vp_rl.callbacks.progress import Progress
 from vp_rl.data.prompts import PromptDataModule
@@ -91,6 +92,14 @@ def test_a_run_leaves_everything_that_a_user_takes_away(tmp_path: Path) -> None:
     # What a sweep maximises.
     final = trainer.callback_metrics["final/mean_rating"].item()
     assert final == pytest.approx(found["held_out"]["mean_rating"]["difference"])
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_run_ends_with_where_its_adapter_is(tmp_path: Path, capsys: pytest.CaptureFixture, watched: bool) -> None:
+    fit(tmp_path, [RunAdapter(), *([held_out()] if watched else [])], epochs=1)
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert printed[-1] == f"Adapter: {tmp_path / 'adapter'}"
+    assert sum(line.startswith("Adapter:") for line in printed) == 1
 
 
 def test_the_grid_has_the_base_above_the_trained_images(tmp_path: Path) -> None:

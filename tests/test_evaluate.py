@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -162,13 +163,13 @@ def test_the_report_escapes_what_comes_from_outside_and_loads_nothing(tmp_path: 
     them = judged()
     evil = '<script>alert("$x$")</script>|*b*'
     result = measure(evil, Made(evil, evil), them, scores_of(them)._replace(unreadable={evil: evil}))
-    page = write([result], tmp_path, f"python scripts/evaluate.py {evil} folder=/home/someone/secret/place")
+    page = write([result], tmp_path, f"python scripts/evaluate.py {evil} reward.api_key=sk-1")
     text, markdown = page.read_text(), (tmp_path / "accuracy.md").read_text()
     assert "script" not in Tags(text).names
     assert "<script" not in text
     assert "<script" not in markdown
-    assert Tags(text).loads == []
-    assert "/home/someone" not in text
+    assert Tags(text).loads == ["data:,"], "no icon"
+    assert "sk-1" not in text
     assert (tmp_path / "calibration-1.png").is_file()
 
 
@@ -177,7 +178,7 @@ def test_all_numbers_are_in_the_json_and_none_of_them_needs_another_reader(tmp_p
     write([measure("r", Made(), them, scores_of(them))], tmp_path, "")
     [found] = json.loads((tmp_path / "accuracy.json").read_text())
     assert found["accuracy"][protocols.POOLED]["share"] == 1
-    assert len(found["calibration"]) == 10
+    assert 1 <= len(found["calibration"]) <= 10
     assert set(found["generators"]) == {"sd", "xl"}
 
 
@@ -186,11 +187,12 @@ def test_rewards_are_compared_prompt_by_prompt_with_the_first_of_them(tmp_path: 
     right, wrong = (measure(name, Made(), them, scores_of(them, sign)) for name, sign in (("<b>", -1.0), ("bad", 1.0)))
     page = write([right, wrong], tmp_path, "").read_text()
     assert "More often right than &lt;b&gt;" in page
-    assert "<td>-100.0<small>[-100.0, -100.0]</small></td>" in page
-    assert "| bad | -100.0 [-100.0, -100.0] | -100.0 [-100.0, -100.0] |" in (tmp_path / "accuracy.md").read_text()
+    assert "<td>-100.0<small>[-100.0, " in page
+    assert "| bad | -100.0 [-100.0, " in (tmp_path / "accuracy.md").read_text()
     first, other = json.loads((tmp_path / "accuracy.json").read_text())
     assert first["more_than"] == {}
-    assert other["more_than"] == {"<b>": dict.fromkeys(first["accuracy"], {"value": -1, "low": -1, "high": -1})}
+    assert other["more_than"]["<b>"].keys() == first["accuracy"].keys()
+    assert all(each["value"] == each["low"] == -1 < each["high"] for each in other["more_than"]["<b>"].values())
     with (tmp_path / "by_prompt.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["reward"] == "<b>" and row["protocol"] == protocols.POOLED]
     assert [row["prompt"] for row in rows] == [each.prompt for each in them]
@@ -205,7 +207,9 @@ def test_published_numbers_stand_in_the_column_of_their_protocol_and_name_their_
     write([measure("mine", Made(HPD_V2), them, scores_of(them))], tmp_path, "")
     lines = (tmp_path / "accuracy.md").read_text().splitlines()
     assert "| reward | HPD v2: mean over prompts | HPD v2: pooled pairs | published in |" in lines
-    assert any(line.startswith("| mine | 100.0 [100.0, 100.0] |") and "measured here" in line for line in lines)
+    assert any(
+        line.startswith("| mine | 100.0 [") and ", 100.0] of " in line and "measured here" in line for line in lines
+    )
     assert "| MPS | – | 83.9 | imscore bench |" in lines
     assert not any("84.1" in line for line in lines)  # by HPD v2's own protocol, which is no column here
 
@@ -224,9 +228,9 @@ def test_published_numbers_are_those_of_the_papers() -> None:
 def test_the_console_has_a_line_for_each_reward_set_and_protocol() -> None:
     them = judged()
     lines = console([measure("r", Made(), them, scores_of(them, 1.0))]).splitlines()
-    assert lines[2:] == [
-        "| r | made | mean over prompts | 0.0 [0.0, 0.0] |",
-        "| r | made | pooled pairs | 0.0 [0.0, 0.0] |",
+    assert [re.sub(r"0\.0, [\d.]+\] of \d+", "0.0, H] of N", line) for line in lines[2:]] == [
+        "| r | made | mean over prompts | 0.0 [0.0, H] of N prompts |",
+        "| r | made | pooled pairs | 0.0 [0.0, H] of N pairs |",
     ]
 
 

@@ -15,12 +15,14 @@ from PIL import Image
 from torch import nn
 
 from vp_rl.annotators.answers import read_ratings, write_ratings
-from vp_rl.evaluation.compare import as_dict, as_markdown, compare, interval
+from vp_rl.evaluation.claims import decide
+from vp_rl.evaluation.compare import LEVELS, as_dict, as_markdown, compare
 from vp_rl.evaluation.images import Evaluation, Evaluator
 from vp_rl.interfaces import Annotator, Policy, PromptSource, Reward
 from vp_rl.processes.ddim import DDIM
 from vp_rl.sampler import Sampler
 from vp_rl.types import Answer, Aspect, Conditioning, Images, Latents, Rating, Scores, Split
+from vp_rl.visionprefer.estimates import paired
 
 
 class Bright(Policy):
@@ -198,36 +200,52 @@ def test_correct_is_the_share_that_follows_the_prompt_fully() -> None:
 
 def test_the_base_against_itself_has_not_changed_at_all() -> None:
     done = evaluator().evaluate(Bright(), Brightness())
-    for change in compare(done, done).values():
-        assert (change.difference, change.low, change.high) == (0, 0, 0)
+    for name, change in decide(compare(done, done)).changes.items():
+        assert change.difference == 0
+        assert change.low <= 0 <= change.high
+        assert change.low < 0 or name not in LEVELS, "that 12 prompts stayed does not mean that none would move"
         assert (change.win, change.tie, change.loss) == (0, 1, 0)
-        assert not change.significant
+        assert not change.clear
 
 
 def test_a_brighter_policy_wins() -> None:
     tool = evaluator(seeds=(0, 1))
-    changes = compare(tool.evaluate(Bright(), Brightness()), tool.evaluate(shifted(0.8), Brightness()))
+    both = tool.evaluate(Bright(), Brightness()), tool.evaluate(shifted(0.8), Brightness())
+    changes = decide(compare(*both)).changes
     assert changes["reward"].low > 0.1
     assert changes["reward"].win == 1
-    assert changes["mean_rating"].significant
+    assert changes["mean_rating"].direction == "up"
     assert changes["reward"].difference == pytest.approx(changes["reward"].tuned - changes["reward"].base)
 
 
-def test_all_differences_equal_give_an_interval_of_one_point() -> None:
-    change = compare(*made_up(np.full((9, 2), 0.25)))["reward"]
-    assert (change.low, change.high) == (0.25, 0.25)
-    assert compare(*made_up(np.full((1, 1), 0.5)))["reward"].high == 0.5
+@pytest.mark.parametrize(("prompts", "sure"), [(3, False), (5, False), (6, True), (9, True)])
+def test_of_prompts_that_all_rose_alike_so_many_are_needed_as_for_the_sign_test(prompts: int, sure: bool) -> None:
+    change = compare(*made_up(np.full((prompts, 2), 0.25)))["reward"]
+    assert (change.low > 0) == sure == (2 * 0.5**prompts < 0.05)
+    assert change.chance == pytest.approx(2 * 0.5**prompts)
+    assert change.high == 0.25
 
 
-@pytest.mark.parametrize("values", [[0.0] * 31 + [1.0], [0.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
+@pytest.mark.parametrize("prompts", [1, 2])
+@pytest.mark.parametrize("moved", [-0.5, 0.0, 2.0])
+def test_one_or_two_prompts_are_too_few_to_say_anything(prompts: int, moved: float) -> None:
+    base, tuned = made_up(np.full((prompts, 3), moved))
+    tuned.ratings[:] = 5
+    found = decide(compare(base, tuned)).changes
+    assert all(each.few and not each.clear and each.chance == 1 for each in found.values())
+    assert found["mean_rating"].difference == 2
+    assert "too few prompts" in as_markdown(found)
+
+
+@pytest.mark.parametrize("values", [[0.0] * 31 + [1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 0.0, 1.0]])
 def test_one_image_that_rose_is_no_evidence(values: list[float]) -> None:
-    low, high = interval(np.array(values))
-    assert low == 0 < high
+    low, high = paired(np.array(values))
+    assert low <= 0 < high
 
 
 def test_five_percent_of_runs_without_an_effect_look_significant() -> None:
     rng = np.random.default_rng(1)
-    intervals = [interval(rng.normal(size=50)) for _ in range(200)]
+    intervals = [paired(rng.normal(size=50)) for _ in range(200)]
     # Of 200 at 5%, 10 are expected with a standard deviation of 3.1.
     assert 3 <= sum(low > 0 or high < 0 for low, high in intervals) <= 14
 
@@ -235,7 +253,7 @@ def test_five_percent_of_runs_without_an_effect_look_significant() -> None:
 def test_seeds_of_a_prompt_are_not_counted_as_independent() -> None:
     by_prompt = np.random.default_rng(0).normal(0.2, 1, size=(40, 1)).repeat(4, axis=1)
     change = compare(*made_up(by_prompt))["reward"]
-    low, high = interval(by_prompt.flatten())
+    low, high = paired(by_prompt.flatten())
     # Four copies of each value would make the naive interval half as wide.
     assert (change.high - change.low) / (high - low) == pytest.approx(2.0, abs=0.25)
 
@@ -256,5 +274,5 @@ def test_the_comparison_as_table_and_as_json() -> None:
     changes = compare(*made_up(np.array([[0.5], [0.5], [0.5]])))
     assert as_dict(changes)["reward"]["difference"] == 0.5
     lines = as_markdown(changes).splitlines()
-    assert "| reward | 0.000 | 0.500 | +0.500 | [+0.500, +0.500] | 100% | 0% |" in lines
+    assert "| reward | 0.000 | 0.500 | +0.500 | [-0.208, +0.500] | 100% | 0% |" in lines  # 0.5 (2 x 0.025^(1/3) - 1)
     assert len({line.count("|") for line in lines}) == 1

@@ -10,12 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from vp_rl.evaluation.compare import change, interval
+from vp_rl.evaluation.compare import change
 from vp_rl.evaluation.detectors import SceneDetector
 from vp_rl.evaluation.geneval import Box, Detector, Found, Limits, check, examine, iou, keep, relations
 from vp_rl.evaluation.objects import _as_one_mean, overall
 from vp_rl.scenes.grammar import Scene, Thing, parse
 from vp_rl.scenes.render import render
+from vp_rl.visionprefer.estimates import paired
 from vp_rl.visionprefer.object_prompts import RELATIONS, Clause, GenEvalPrompts, SceneObjects, Wanted, of_scene
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
@@ -341,7 +342,8 @@ def test_overall_is_the_mean_of_tasks_however_many_prompts_each_has() -> None:
     assert result.tuned == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert result.difference == pytest.approx((1 / 3 - 1 / 2) / 2)
     assert (result.win, result.loss) == pytest.approx(((1 / 3) / 2, (1 / 2) / 2))
-    assert result.low <= result.difference <= result.high
+    assert np.isnan([result.low, result.high]).all(), "the second task has one prompt"
+    assert result.chance == 1
 
 
 def test_of_one_task_overall_is_that_task() -> None:
@@ -359,11 +361,13 @@ def test_overalls_interval_is_that_of_a_mean_of_independent_means() -> None:
     assert one.mean() == pytest.approx(np.mean([group.mean() for group in groups]))
     error = math.sqrt(sum(group.var(ddof=1) / len(group) for group in groups)) / 3
     assert one.std(ddof=1) / math.sqrt(60) == pytest.approx(error)
-    low, high = interval(one)
+    low, high = paired(one - one.mean())  # about 0, as a difference is
     assert (high - low) / 2 == pytest.approx(2.0 * error, rel=0.05)  # Student's 97.5% quantile for 59 is 2.001
 
 
 def test_the_same_model_twice_has_no_interval_that_excludes_nothing() -> None:
     values = np.random.default_rng(0).integers(0, 2, 30).astype(float)
     same = overall(values, values, np.arange(30), np.repeat([0, 1], 15))
-    assert (same.difference, same.low, same.high, same.tie) == (0, 0, 0, 1)
+    assert (same.difference, same.tie, same.chance) == (0, 1, 1)
+    assert same.low == pytest.approx(-(1 - 0.025 ** (1 / 30)))  # what 30 prompts may have missed
+    assert same.high == -same.low

@@ -280,7 +280,7 @@ def test_one_prompt_alone_is_clear_of_nothing(tmp_path: Path) -> None:
     base, tuned = checked(True, prompts=("a",)), checked(False, prompts=("a",))
     text = write(tmp_path, base, tuned, compare_tasks(base, tuned), about=[]).read_text()
     assert '<b class="down">−100' not in text
-    assert '<b class="even">−100 points</b></td><td>–</td>' in text
+    assert '<b class="even">−100 points</b></td><td>too few prompts</td>' in text
 
 
 def test_what_was_kept_is_what_was_seen() -> None:

@@ -4,8 +4,10 @@ import base64
 import csv
 import dataclasses
 import hashlib
+import math
 import re
 import socket
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,14 +17,15 @@ from test_evaluation import SAMPLER, Bright, Brightness, Given, evaluator, made_
 
 from vp_rl.evaluation import report as report_module
 from vp_rl.evaluation.asking import Asked
+from vp_rl.evaluation.claims import Compared, decide
 from vp_rl.evaluation.compare import Change, compare
 from vp_rl.evaluation.distances import Distances
 from vp_rl.evaluation.duel import Duel
 from vp_rl.evaluation.images import Evaluation
 from vp_rl.evaluation.report import write_report
-from vp_rl.evaluation.settings import override, public
+from vp_rl.evaluation.settings import command, override, public
 from vp_rl.evaluation.signs import Sign
-from vp_rl.evaluation.verdict import number, verdicts
+from vp_rl.evaluation.verdict import Chosen, Verdict, number, verdicts
 from vp_rl.types import Usage
 
 CONFIG = """
@@ -67,10 +70,16 @@ def run_folder(path: Path) -> Path:
     return folder
 
 
-def write(folder: Path, base: Evaluation, tuned: Evaluation, **settings: object) -> str:
-    report = write_report(
-        folder, base, tuned, compare(base, tuned), sampler=SAMPLER, seconds={"training": 90.0}, **settings
-    )
+def write(
+    folder: Path,
+    base: Evaluation,
+    tuned: Evaluation,
+    categories: dict | None = None,
+    pairs: dict | None = None,
+    **settings: object,
+) -> str:
+    found = decide(compare(base, tuned), categories, pairs)
+    report = write_report(folder, base, tuned, found, sampler=SAMPLER, seconds={"training": 90.0}, **settings)
     return report.read_text(encoding="utf-8")
 
 
@@ -127,7 +136,7 @@ def test_images_of_full_size_stay_below_ten_megabytes(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 256, (1, 768, 768, 3), dtype=np.uint8).repeat(40, 0)
     large = (dataclasses.replace(side, images=noise) for side in (base, tuned))
     report = write_report(
-        run_folder(tmp_path), *large, compare(base, tuned), sampler=SAMPLER, seconds={"training": 90.0}
+        run_folder(tmp_path), *large, decide(compare(base, tuned)), sampler=SAMPLER, seconds={"training": 90.0}
     )
     assert 2e6 < report.stat().st_size < 10e6, "noise, which no format makes small"
 
@@ -157,15 +166,20 @@ def test_the_summary_says_what_the_intervals_say(tmp_path: Path) -> None:
 
 def change(low: float, high: float) -> Change:
     return Change(base=3.0, tuned=3.0 + (low + high) / 2, difference=(low + high) / 2, low=low, high=high,
-                  win=0.4, tie=0.3, loss=0.3)  # fmt: skip
+                  win=0.4, tie=0.3, loss=0.3, clear=low > 0 or high < 0)  # fmt: skip
 
 
 UP, DOWN, EVEN = change(0.1, 0.3), change(-0.3, -0.1), change(-0.1, 0.2)
+FEW = dataclasses.replace(EVEN, low=math.nan, high=math.nan)
+
+
+def said(*signs: Sign, chosen: Chosen | None = None, **changes: Change) -> list[Verdict]:
+    known = {"reward": EVEN, "fidelity": EVEN, "mean_rating": EVEN, "correct": EVEN}
+    return verdicts(Compared(known | changes, {}, {}), 20, signs, chosen=chosen)
 
 
 def answers(*signs: Sign, **changes: Change) -> list[str]:
-    known = {"reward": EVEN, "fidelity": EVEN, "mean_rating": EVEN, "correct": EVEN}
-    return [verdict.answer for verdict in verdicts(known | changes, 20, signs)]
+    return [verdict.answer for verdict in said(*signs, **changes)]
 
 
 def test_a_run_that_only_moved_within_its_intervals_is_not_said_to_have_improved() -> None:
@@ -175,15 +189,89 @@ def test_a_run_that_only_moved_within_its_intervals_is_not_said_to_have_improved
     assert answers(mean_rating=UP, fidelity=DOWN)[1] == "Yes"
     assert answers(reward=UP)[2] == answers(reward=UP, mean_rating=DOWN)[2] == "Possibly"
     assert answers(Sign("Alike.", 3, "warning"), mean_rating=UP)[2] == "There are signs of it"
-    assert answers(Sign("Alike.", 3, "note"), mean_rating=UP)[2] == "No sign of it"
+    assert answers(Sign("Alike.", 3, "note"), mean_rating=UP)[2] == "No warning; 1 note below"
+    assert answers(mean_rating=dataclasses.replace(UP, clear=False))[0] == "Not clearly", "its own interval is not all"
+
+
+def test_a_note_reaches_the_card_and_a_warning_goes_before_it() -> None:
+    note, warning = Sign("Something is to be known.", 3, "note"), Sign("It is exploited.", 3, "warning")
+    third = said(note, note, reward=UP, mean_rating=UP)[2]
+    assert (third.answer, third.mood) == ("No warning; 2 notes below", "mixed")
+    assert third.sentence.endswith("Something is to be known.")
+    assert said(note, warning)[2].sentence == "It is exploited. (1 more below.)"
+
+
+def test_of_too_few_prompts_the_cards_say_that_and_nothing_else() -> None:
+    cards = said(mean_rating=FEW, correct=FEW, reward=FEW, fidelity=FEW)
+    assert [card.answer for card in cards] == ["Too few prompts to say", "Not clearly", "No sign of it"]
+    assert "did not clearly change (+0.05, too few prompts)" in cards[0].sentence
+    assert not any("nan" in card.sentence for card in cards)
+
+
+def test_a_page_of_two_prompts_has_no_interval_and_no_colour(tmp_path: Path) -> None:
+    base, tuned = made_up(np.full((2, 3), 1.0))
+    tuned.ratings[:] = 5
+    found = compare(base, tuned)
+    pairs = {"overall": Duel(1.0, 0.0, 0.0, math.nan, math.nan, 1.0)}
+    text = write(run_folder(tmp_path), base, tuned, categories={"size": found}, pairs=pairs)
+    assert "nan" not in text.lower().replace("nano", "")
+    assert "too few prompts" in text
+    assert not re.findall(r'<b class="(?:up|down|moved|mixed)">[−+]?[\d.]+ ?(?:points)?</b></td>', text)
+
+
+def test_images_that_became_alike_are_worse_though_no_rating_fell() -> None:
+    second = said(reward=UP, mean_rating=UP, **{"look/diversity": DOWN, "look/colour": DOWN})[1]
+    assert (second.answer, second.mood) == ("Images became more alike", "mixed")
+    assert "Diversity within a prompt fell by 0.20 [−0.30, −0.10]" in second.sentence
+    assert "No rating or reward clearly fell" in second.sentence
+    assert "diversity within a prompt fell" in said(fidelity=DOWN, **{"look/diversity": DOWN})[1].sentence
+
+
+def test_no_epoch_that_beats_the_base_is_said_in_the_first_card_and_which_epoch_it_is_in_the_head(
+    tmp_path: Path,
+) -> None:
+    good, bad = Chosen("mean_rating", 12, 20, 4.09, 3.70), Chosen("mean_rating", 2, 4, 3.69, 3.72)
+    assert good.words == "epoch 12 of 20, best on validation by mean of the four (4.09; base 3.70)"
+    assert "no epoch beats the base" in said(chosen=bad)[0].sentence
+    assert "no epoch beats the base" not in said(chosen=good)[0].sentence
+    for chosen in (good, bad):
+        text = write(run_folder(tmp_path / chosen.words[:8]), *made_up(np.ones((3, 1))), chosen=chosen)
+        assert chosen.words in re.sub(r"\s+", " ", " ".join(Page(text).words))
+
+
+def test_a_section_of_notes_alone_is_called_notes_and_shows_the_prompts_images(tmp_path: Path) -> None:
+    base, tuned = made_up(np.zeros((20, 2)))
+    note = Sign("One was bought with another.", None, "note", ["prompt 17", "prompt 18"])
+    text = write(run_folder(tmp_path), base, tuned, signs=[note])
+    assert '<h2 id="signs">Notes</h2>' in text
+    assert "Signs of an exploited reward" not in text
+    assert '<a href="#signs">Notes</a>' in text
+    assert cards(text, "Notes") == ["prompt 17", "prompt 18"]
+    other = write(run_folder(tmp_path / "other"), base, tuned, signs=[note, Sign("It is.", 1, "warning")])
+    assert '<h2 id="signs">Signs of an exploited reward</h2>' in other
+
+
+def test_blank_images_are_called_so(tmp_path: Path) -> None:
+    base, tuned = made_up(np.zeros((4, 1)))
+    half = np.zeros((4, 4, 4, 3), np.uint8)
+    half[:, :2] = (230, 200, 20)
+    plain = half.copy()
+    plain[3] = (230, 200, 20)
+    base, tuned = dataclasses.replace(base, images=half), dataclasses.replace(tuned, images=plain)
+    tuned.ratings[:] -= 1
+    text = write(run_folder(tmp_path), base, tuned)
+    losses = text.split("Largest losses by the judge</h3>")[1].split('<h2 id="metrics">')[0]
+    assert losses.count("blank image") == 1, "of the fourth prompt, which got one colour"
 
 
 def test_other_rewards_and_categories_that_fell_are_named_and_looks_are_not() -> None:
     changes = {"reward": UP, "mean_rating": UP, "correct": UP, "panel/PickScore": DOWN, "look/colour": DOWN}
-    said = verdicts(changes, 20, categories={"counting": {"mean_rating": DOWN}, "colours": {"mean_rating": UP}})[1]
-    assert "The reward PickScore fell by 0.20 [−0.30, −0.10]" in said.sentence
-    assert "“counting” fell by" in said.sentence
-    assert "olour" not in said.sentence
+    parts = {"counting": {"mean_rating": DOWN, "fidelity": DOWN}, "colours": {"mean_rating": UP}}
+    second = verdicts(Compared(changes, parts, {}), 20)[1]
+    assert "The reward PickScore fell by 0.20 [−0.30, −0.10]" in second.sentence
+    assert "the judge's mean rating in “counting” fell by" in second.sentence
+    assert "fidelity in “counting” fell by" in second.sentence
+    assert "olour" not in second.sentence
 
 
 def test_numbers_have_the_digits_that_their_intervals_have() -> None:
@@ -200,12 +288,10 @@ def test_everything_that_is_known_of_a_run_is_in_its_report(tmp_path: Path) -> N
     base, tuned = (dataclasses.replace(side, panel={"PickScore": np.full(6, 0.25 + place)})
                    for place, side in enumerate((base, tuned)))  # fmt: skip
     found = compare(base, tuned)
-    given = {
-        "signs": [Sign("Images look alike.", 7, "warning")],
-        "categories": {"counting": found},
-    }
+    given = {"signs": [Sign("Images look alike.", 7, "warning")]}
     parts = {"training": 3600.0, "base images": 1900.0}
-    path = write_report(run_folder(tmp_path), base, tuned, found, sampler=SAMPLER, seconds=parts, **given)
+    compared = decide(found, {"counting": found})
+    path = write_report(run_folder(tmp_path), base, tuned, compared, sampler=SAMPLER, seconds=parts, **given)
     words = re.sub(r"\s+", " ", " ".join(Page(path.read_text(encoding="utf-8")).words))
     for shown in ("PickScore", "epoch 7", "Images look alike.", "counting", "seed 0",
                   "training 60.0 minutes", "base images 31.7 minutes", "1.5 hours", "torch"):  # fmt: skip
@@ -219,7 +305,7 @@ def test_categories_stand_from_the_largest_gain_to_the_largest_loss(tmp_path: Pa
     parts = {"lost": range(15, 20), "same": range(10, 15), "won": range(10)}
     found = {name: compare(base.rows(rows), tuned.rows(rows)) for name, rows in parts.items()}
     text = write(run_folder(tmp_path), base, tuned, categories=found)
-    drawn, tables = text.split('<div class="charts">')[1].split("The same in tables")
+    drawn, tables = text.split('<div class="charts">')[1].split("These and the single aspects in tables")
     for metric in re.split("<h3>", drawn)[1:]:
         order = re.findall(r'<span class="what">(.*?)</span>', metric)
         assert order[0] == "all prompts"
@@ -261,7 +347,13 @@ def test_settings_are_shown_without_secrets_hosts_and_folders(tmp_path: Path, mo
     hidden = ("someone", "secret", "internal", "user:pw", "sk-1", "sk-or", "from-the-environment", str(tmp_path))
     for each in (*hidden, socket.gethostname()):
         assert each not in words
-    for shown in ("my-sd", "max_tokens: 300", "prompts.path=…/p.txt", "${hydra:runtime.output_dir}", "1.5 minutes"):
+    for shown in (
+        "my-sd",
+        "max_tokens: 300",
+        'prompts.path="$HOME"/p.txt',
+        "${hydra:runtime.output_dir}",
+        "1.5 minutes",
+    ):
         assert shown in words
 
 
@@ -283,6 +375,28 @@ def test_settings_are_shown_without_secrets_hosts_and_folders(tmp_path: Path, mo
 def test_an_override_keeps_what_repeats_the_run_and_nothing_else(given: str, seen: str) -> None:
     assert override(given) == seen
     assert public(override(given)) == seen, "nothing is left to hide"
+
+
+def test_what_repeats_a_run_can_be_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole paths, in a shell of the same user and folder; and not `resume`, which would go on with another run."""
+    (tmp_path / "home" / "work").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "home" / "work")
+    given = {
+        "experiment=x": "experiment=x",
+        f"folder={tmp_path}/home/work/outputs/a b": "folder=outputs/a b",
+        f"prompts.path={tmp_path}/home/p.txt": f"prompts.path={tmp_path}/home/p.txt",
+        "k.path=/mnt/data/x.txt": "k.path=/mnt/data/x.txt",
+        "k.api_key=sk-1": "k.api_key=(hidden)",
+        "reward.url=http://gpu7.internal:8000/x": "reward.url=http://(host)/x",
+        "x=$(rm -rf .)": "x=$(rm -rf .)",
+    }
+    line = command(["python", "train.py", "resume=auto", *given, "+resume=outputs/x"])
+    assert str(tmp_path / "home") not in line, "who it was does not matter"
+    shown = subprocess.run(
+        ["sh", "-c", f"set -- {line}; printf '%s\\n' \"$@\""], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.splitlines() == ["python", "train.py", *given.values()]
 
 
 def test_curves_of_an_interrupted_run_go_on_after_it(tmp_path: Path) -> None:

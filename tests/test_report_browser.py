@@ -12,6 +12,7 @@ from test_report import curves, run_folder
 from test_sweep import finished, samples
 
 from vp_rl.evaluation.asking import Asked
+from vp_rl.evaluation.claims import decide
 from vp_rl.evaluation.compare import compare
 from vp_rl.evaluation.distances import Distances
 from vp_rl.evaluation.duel import Duel
@@ -54,18 +55,17 @@ def report(tmp_path: Path) -> Path:
     found = compare(base, tuned)
     signs = [Sign("w" * 300, 2, "warning")]
     categories = {"a category with a name of many words, or more": found, "y" * 80: found}
+    pairs = {"prompt_following": Duel(win=0.5, tie=0.25, loss=0.25, low=-0.25, high=0.75, consistent=0.5)}
     kinds = dict.fromkeys(("base and adapter", "reference and base"), 12345.678)
     return write_report(
         folder,
         base,
         tuned,
-        found,
+        decide(found, categories, pairs),
         sampler=SAMPLER,
         seconds={"training": 90.0},
         note="z" * 200,
         signs=signs,
-        categories=categories,
-        pairs={"prompt_following": Duel(win=0.5, tie=0.25, loss=0.25, low=-0.25, high=0.75, consistent=0.5)},
         distances=Distances("e" * 100, 768, 20, 20, kinds, kinds, "f" * 200),
         asked={"images by themselves": Asked(10**7, 10**7, Usage(10**10, 10**9, 12345.0))},
     )

@@ -365,3 +365,13 @@ def test_embedded_names_are_folders_of_the_package() -> None:
     assert (tiny.WEIGHTS / "blip" / "config.json").is_file()
     assert {file.name for file in tiny.WEIGHTS.iterdir()} <= set(tiny.NAMES.values())
     assert tiny.resolve("/some/folder") == "/some/folder"
+
+
+@pytest.mark.parametrize("color", ["red", "blue"])
+def test_a_ground_of_the_right_colour_is_not_the_square_that_was_asked_for(color: str) -> None:
+    """A wholly red image was a fully correct "large red square"."""
+    plain = np.empty((64, 64, 3), np.uint8)
+    plain[:] = COLORS[color]
+    assert judge(plain, f"a large {color} square")["prompt_following"].rating == 1
+    plain[20:40, 20:40] = 240
+    assert not look(plain).objects

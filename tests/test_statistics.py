@@ -10,7 +10,7 @@ import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 import rated
-from scipy.stats import binomtest, spearmanr, t
+from scipy.stats import binomtest, bootstrap, norm, spearmanr, t
 
 from vp_rl.types import ASPECTS
 from vp_rl.visionprefer import estimates
@@ -130,6 +130,67 @@ def test_intervals_hold_the_truth_in_95_of_100_cases(prompts: int) -> None:
 
     assert 0.93 < covered(share, 0.6) < 0.985
     assert 0.93 < covered(mean, 3.0) < 0.97
+
+
+# --- differences of the same prompts
+
+
+def moved(rng: np.random.Generator, prompts: int, before: float, after: float, seeds: int) -> np.ndarray:
+    """By prompt, how much larger the share of right images became; prompts differ in how hard they are."""
+    was, now = (rng.beta(4 * p, 4 * (1 - p), prompts) for p in (before, after))
+    return (rng.binomial(seeds, now) - rng.binomial(seeds, was)) / seeds
+
+
+@pytest.mark.parametrize("prompts", [3, 5, 8, 20, 128])
+@pytest.mark.parametrize(
+    ("before", "after"), [(0.03, 0.03), (0.5, 0.5), (0.97, 0.97), (0.03, 0.23), (0.5, 0.7), (0.97, 0.77)]
+)
+def test_intervals_of_differences_hold_the_truth_near_the_bounds_and_of_few_prompts(
+    prompts: int, before: float, after: float
+) -> None:
+    rng, times, held = np.random.default_rng(0), 200, 0
+    for number in range(times):
+        low, high = estimates.paired(moved(rng, prompts, before, after, 1 + 3 * (number % 2)), scale=1.0)
+        held += low <= after - before <= high
+        assert low < high
+    assert held >= 180, "Binomial(200, 0.95) is below 181 in 0.2% of cases"
+
+
+def test_eight_prompts_that_did_not_change_leave_room_for_what_was_not_seen() -> None:
+    low, high = estimates.paired(np.zeros(8), scale=1.0)
+    assert (low, high) == pytest.approx((-(1 - 0.025 ** (1 / 8)), 1 - 0.025 ** (1 / 8)))  # the rule of three's kind
+    assert 0.3 < high < 0.4
+    assert all(math.isnan(end) for number in (0, 1, 2) for end in estimates.paired(np.ones(number)))
+
+
+def test_of_many_different_prompts_the_interval_is_the_widened_bootstraps() -> None:
+    values = np.random.default_rng(1).normal(0.3, 0.8, 128)
+    reach = math.sqrt(128 / 127) * t.ppf(0.975, 127)
+    theirs = bootstrap(
+        (values,),
+        np.mean,
+        confidence_level=1 - 2 * norm.sf(reach),
+        n_resamples=9999,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    assert estimates.paired(values, scale=1.0) == pytest.approx((theirs.low, theirs.high), abs=1e-12)
+
+
+@pytest.mark.parametrize("prompts", [3, 4, 6, 12, 40])
+def test_no_change_is_taken_for_one_in_at_most_5_of_100_cases(prompts: int) -> None:
+    rng, times = np.random.default_rng(0), 1000
+    chances = [estimates.chance(rng.normal(size=prompts)) for _ in range(times)]
+    # Binomial(1000, 0.05) is above 71 in 0.2% of cases. An interval of resamples alone leaves 0 out of 25% at three.
+    assert sum(chance <= 0.05 for chance in chances) <= 71
+    assert min(chances) >= min(1.0, 2 * 0.5**prompts), "nor surer than the sign test"
+
+
+def test_what_is_not_a_number_is_null_in_json() -> None:
+    assert estimates.without_nan({"a": [math.nan, 1.0, (2, math.inf)], "b": "nan"}) == {
+        "a": [None, 1.0, [2, None]],
+        "b": "nan",
+    }
 
 
 # --- reading

@@ -20,7 +20,7 @@ def finished(folder: Path, number: str, override: str, gain: float) -> None:
     (folder / number / ".hydra").mkdir(parents=True)
     (folder / number / ".hydra" / "overrides.yaml").write_text(f"- {override}\n- ~callbacks.progress\n")
     change = {"base": 1.0, "tuned": 1.0 + gain, "difference": gain, "low": gain - 0.1, "high": gain + 0.1}
-    change |= {"win": 0.5, "tie": 0.2, "loss": 0.3}
+    change |= {"win": 0.5, "tie": 0.2, "loss": 0.3, "chance": 1e-4 if abs(gain) > 0.15 else 0.04, "clear": True}
     summary = {"held_out": {"reward": change, "mean_rating": change}, "training_seconds": 12.5}
     (folder / number / "summary.json").write_text(json.dumps(summary))
 
@@ -113,3 +113,27 @@ def test_a_reward_model_that_people_have_judged_has_its_accuracy_in_the_table(tm
     (tmp_path / "0" / "summary.json").write_text(json.dumps({"accuracy": {"VP-Score": {"people": {"share": 0.625}}}}))
     assert write_table(tmp_path) == [{"run": "0", "accuracy of VP-Score": "0.625"}]
     assert "62.5%" in (tmp_path / "results.html").read_text()
+
+
+def test_more_runs_are_more_looks(tmp_path: Path) -> None:
+    for number in range(10):
+        finished(tmp_path, str(number), f"seed={number}", 0.2 if number == 3 else 0.11)
+    write_table(tmp_path)
+    text = (tmp_path / "results.html").read_text(encoding="utf-8")
+    coloured = re.findall(r'<b>[\d.]+</b> <span class="up">(.*?)</span>', text)
+    assert coloured == ["+0.20", "+0.20"], "not those whose intervals, each by itself, exclude 0"
+
+
+def test_a_run_of_too_few_prompts_has_a_row_without_intervals(tmp_path: Path) -> None:
+    finished(tmp_path, "0", "seed=0", 0.3)
+    summary = json.loads((tmp_path / "0" / "summary.json").read_text())
+    for own in summary["held_out"].values():
+        own |= {"low": None, "high": None, "chance": 1.0, "clear": False}
+    (tmp_path / "0" / "summary.json").write_text(json.dumps(summary))
+    (row,) = write_table(tmp_path)
+    assert row["mean_rating"] == "1.3"
+    assert row.get("mean_rating.low", "") == ""
+    for name in ("results.md", "results.html"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert "too few prompts" in text
+        assert "nan" not in text

@@ -316,6 +316,11 @@ class PromptSource(ABC):
         """What kind of prompt of its this is, so that results can be told apart by it; None: of no kind."""
         return None
 
+    def categories(self, prompt: str) -> tuple[str, ...]:
+        """All kinds that it is of: its category, and such as go across categories."""
+        own = self.category(prompt)
+        return (own,) if own else ()
+
     def images(self, prompt: str) -> Sequence[GivenImage]:
         """Images that it has of a prompt, to be rated instead of new ones; none, for most sources."""
         return ()

@@ -14,6 +14,7 @@ from vp_rl.evaluation.accuracy import Accuracy, as_markdown, pairwise_accuracy, 
 from vp_rl.interfaces import Annotator, wait
 from vp_rl.types import ASPECTS, PreferenceBatch
 from vp_rl.visionprefer.annotate import rate_all
+from vp_rl.visionprefer.estimates import without_nan
 from vp_rl.visionprefer.generate import as_png, to_uint8
 
 
@@ -68,7 +69,7 @@ class AccuracyReport(lightning.Callback):
         folder = Path(trainer.default_root_dir)
         (folder / "accuracy.md").write_text(table + "\n")
         summary = {name: {rule: asdict(value) for rule, value in column.items()} for name, column in columns.items()}
-        (folder / "summary.json").write_text(json.dumps({"accuracy": summary}, indent=2) + "\n")
+        (folder / "summary.json").write_text(json.dumps(without_nan({"accuracy": summary}), indent=2) + "\n")
 
     def _by_ratings(self, rated: list["Rated"]) -> dict[str, dict[str, Accuracy]]:
         rated.sort(key=lambda image: image.prompt)  # whichever device had it: intervals are drawn in this order

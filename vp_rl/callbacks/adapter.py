@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vp_rl.algorithms.base import PolicyTraining
+from vp_rl.callbacks.held_out import HeldOutEvaluation
 
 
 class RunAdapter(lightning.Callback):
@@ -38,6 +39,7 @@ class RunAdapter(lightning.Callback):
         self._trained: list[nn.Parameter] = []
         self._seen = 0  # updates
         self._loaded: dict[str, Any] = {}
+        self._written: Path | None = None
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """Begins with the weights as they are, or goes on with a checkpoint's average.
@@ -75,6 +77,14 @@ class RunAdapter(lightning.Callback):
                 folder = Path(trainer.default_root_dir) / "adapter"
                 folder.mkdir(parents=True, exist_ok=True)
                 module.policy.save_adapter(folder)
+                self._written = folder
+
+    def teardown(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        """The run's last line, where no held-out evaluation has said it with its results."""
+        watched = any(isinstance(each, HeldOutEvaluation) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        if self._written is not None and not watched:
+            print(f"Adapter: {self._written}")
+        self._written = None
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:

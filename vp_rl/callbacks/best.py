@@ -12,6 +12,9 @@ from vp_rl.interfaces import Policy
 class BestAdapter:
     """Kept in memory and in checkpoints, so that a resumed run has it too, whatever folder it goes on in.
 
+    The base model competes (`base`), but a run leaves an adapter: where no epoch beats the base, the best trained one
+    is kept all the same, and whoever reports on it says so.
+
     Args:
         metric: of the evaluations while training; higher is better.
         patience: evaluations without a better one after which training should stop. None: never.
@@ -20,6 +23,8 @@ class BestAdapter:
     def __init__(self, metric: str, patience: int | None) -> None:
         self.metric, self._patience = metric, patience
         self.epoch, self.value, self._waited = 0, -float("inf"), 0
+        self.base = float("nan")
+        """The base model's value, where it is known: on the main process."""
         self._weights: dict[str, Tensor] = {}
 
     def see(self, value: float, epoch: int, policy: Policy) -> bool:

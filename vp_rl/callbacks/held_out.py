@@ -25,6 +25,7 @@ from vp_rl.evaluation.grid import grid
 from vp_rl.evaluation.images import Evaluation, Evaluator, Pixels, interleave
 from vp_rl.evaluation.signs import Moment, Sign, moment, signs
 from vp_rl.evaluation.store import NOTHING, Kept, Store
+from vp_rl.evaluation.verdict import Chosen
 from vp_rl.files.paths import user_path
 from vp_rl.types import Usage
 
@@ -47,8 +48,9 @@ class HeldOutEvaluation(lightning.Callback):
         every: epochs between evaluations while training; the last epoch has one too.
         small: prompts of those evaluations and of the sample grids.
         note: what readers of the report must know about the data.
-        best: the held-out metric by which the best adapter is kept in `best/`, and becomes the run's result. None: the
-            result is the last one.
+        best: the held-out metric by which the best adapter is kept in `best/`, and becomes the run's result, the base
+            model being shown beside it: where no epoch beats that, the result is the best trained one, and terminal and
+            report say so. None: the result is the last one.
         patience: evaluations without a better one after which training stops. None: it goes on to its end.
         judged: a file for what the judge answers, which is not asked again about the same images: by this run when it
             is resumed, nor by others with the same file. None: nothing is kept.
@@ -143,6 +145,8 @@ class HeldOutEvaluation(lightning.Callback):
                 self._history.append(base)
                 # Straight to the loggers: what is logged through the module waits for the end of the first epoch.
                 _log(trainer, "held_out", self._small.means())
+            if self._best is not None:
+                self._best.base = self._small.means().get(self._best.metric, float("nan"))
             if self._best is not None and self._best.epoch:  # the run may go on in another folder
                 self._best.save(Path(trainer.default_root_dir) / "best", module.policy)
         names = trainer.strategy.broadcast([] if self._small is None else list(self._small.metrics()))
@@ -197,16 +201,18 @@ class HeldOutEvaluation(lightning.Callback):
         assert self._base is not None, "evaluated when training started"
         folder = Path(trainer.default_root_dir)
         done = conclude(self._evaluator, self._base, tuned, self._history, _name(module), asked={ALONE: self._asked})
-        final = {name: change.difference for name, change in done.changes.items()}
+        final = {name: change.difference for name, change in done.compared.changes.items()}
         _log(trainer, "final", final)
         # For whoever started the run, as a sweep does: logging through the module is over by now.
         trainer.callback_metrics.update({f"final/{name}": torch.tensor(value) for name, value in final.items()})
         more: dict[str, Any] = {"epochs": trainer.current_epoch, "training_seconds": round(seconds, 1)}
-        if self._best is not None:
-            more["best"] = {"metric": self._best.metric, "epoch": self._best.epoch, "value": self._best.value}
-            log.info("the adapter is that of epoch %d, the best by %s", self._best.epoch, self._best.metric)
-        publish(done, folder, self._evaluator, {"training": seconds, **self._parts}, more, note=self._note)
-        print(f"Adapter: {folder / 'adapter'}")
+        chosen, best = None, self._best
+        if best is not None and best.epoch:
+            chosen = Chosen(best.metric, best.epoch, trainer.current_epoch, best.value, best.base)
+            more["best"] = {"metric": best.metric, "epoch": best.epoch, "value": best.value, "base": best.base}
+        seconds_by_part = {"training": seconds, **self._parts}
+        publish(done, folder, self._evaluator, seconds_by_part, more, note=self._note, chosen=chosen)
+        print(f"Adapter: {folder / 'adapter'}{'' if chosen is None else f' ({chosen.words})'}")
 
     def state_dict(self) -> dict[str, Any]:
         """The wall time so far, so that a resumed run reports all of it; the evaluations, and the best adapter."""

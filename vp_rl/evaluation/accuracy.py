@@ -9,15 +9,13 @@ from jaxtyping import Bool, Float, Int
 
 from vp_rl.data.sets.base import Outcome
 from vp_rl.types import ASPECTS, Aspect
+from vp_rl.visionprefer import estimates
 from vp_rl.visionprefer.pairs import pairs
-
-_RESAMPLES = 2000
-_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Share of pairs that are ordered right, with a 95% interval from resampling prompts."""
+    """Share of pairs that are ordered right, with Wilson's 95% interval over prompts: see `estimates.share`."""
 
     share: float
     low: float
@@ -25,13 +23,14 @@ class Accuracy:
     pairs: int
 
     def __str__(self) -> str:
-        return f"{self.share:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.pairs} pairs"
+        return f"{self.share:.1%} [{self.low:.1%}, {self.high:.1%}] of {self.pairs} pairs" if self.pairs else "no pairs"
 
 
 class Lead(NamedTuple):
     """How much more often one predictor is right than another on the same prompts, as a difference of shares.
 
-    Its 95% interval draws each prompt with both of them: what makes a prompt hard for both says nothing against either.
+    Its 95% interval takes each prompt with both of them: what makes a prompt hard for both says nothing against either.
+    It is not a number where prompts are too few.
     """
 
     value: float
@@ -89,22 +88,18 @@ def lead(one: Outcome, other: Outcome) -> Lead:
     sums = np.stack([each for outcome in (one, other) for each in _by_text(_only(outcome, both))], 1)
     if not sums[:, 1].sum() or not sums[:, 3].sum():
         return Lead(float("nan"), float("nan"), float("nan"))
-    drawn = _drawn(sums)
-    drawn = drawn[(drawn[:, 1] > 0) & (drawn[:, 3] > 0)]
-    gaps = drawn[:, 0] / drawn[:, 1] - drawn[:, 2] / drawn[:, 3]
-    total = sums.sum(0)
-    low, high = np.quantile(gaps, [0.025, 0.975])
-    return Lead(float(total[0] / total[1] - total[2] / total[3]), float(low), float(high))
+    (right, made, others, theirs), total = sums.T, sums.sum(0)
+    one_share, other_share = total[0] / total[1], total[2] / total[3]
+    moved = (right - one_share * made) / total[1] - (others - other_share * theirs) / total[3]
+    value, counted = one_share - other_share, (made > 0) | (theirs > 0)
+    by_prompt = value + counted.sum() * moved[counted]  # whose mean is the lead, and varies as that does
+    return Lead(float(value), *estimates.paired(by_prompt, scale=1.0))
 
 
 def share(right: Float[np.ndarray, " prompts"], total: Float[np.ndarray, " prompts"]) -> Accuracy:
-    """sum(right) / sum(total) with an interval from drawing prompts with replacement; not a number without a pair."""
-    if not total.sum():
-        return Accuracy(float("nan"), float("nan"), float("nan"), 0)
-    drawn = _drawn(np.stack([right, total], 1))
-    drawn = drawn[drawn[:, 1] > 0]
-    low, high = np.quantile(drawn[:, 0] / drawn[:, 1], [0.025, 0.975])
-    return Accuracy(float(right.sum() / total.sum()), float(low), float(high), int(total.sum()))
+    """sum(right) / sum(total) with its interval; not a number without a pair."""
+    found = estimates.share(estimates.sums(right, total))
+    return Accuracy(found.value, found.low, found.high, found.count)
 
 
 def _by_text(outcome: Outcome) -> tuple[Float[np.ndarray, " texts"], Float[np.ndarray, " texts"]]:
@@ -118,16 +113,6 @@ def _only(outcome: Outcome, prompts: set[str]) -> Outcome:
     kept = np.array([prompt in prompts for prompt in outcome.prompts], bool)
     named = [prompt for prompt in outcome.prompts if prompt in prompts]
     return outcome._replace(earned=outcome.earned[kept], possible=outcome.possible[kept], prompts=named)
-
-
-def _drawn(sums: Float[np.ndarray, "prompts columns"]) -> Float[np.ndarray, "draws columns"]:
-    """Totals over as many prompts as there are, drawn with replacement, again and again."""
-    rng = np.random.default_rng(0)
-    even = np.full(len(sums), 1 / len(sums))
-    # A few draws at a time: the weights of all of them would be 2000 numbers a prompt.
-    return np.concatenate(
-        [rng.multinomial(len(sums), even, size=_AT_ONCE) @ sums for _ in range(0, _RESAMPLES, _AT_ONCE)]
-    )
 
 
 def as_markdown(columns: dict[str, dict[str, Accuracy]]) -> str:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,10 +11,13 @@ import jinja2
 
 from vp_rl.evaluation.accuracy import Accuracy, Lead, lead
 from vp_rl.evaluation.calibration import as_png, as_svg
-from vp_rl.evaluation.human_accuracy import Result
+from vp_rl.evaluation.compare import TOO_FEW
+from vp_rl.evaluation.human_accuracy import Bin, Measured, Result
+from vp_rl.evaluation.protocols import AVERAGED
 from vp_rl.evaluation.published import Column, published
-from vp_rl.evaluation.settings import public
+from vp_rl.evaluation.settings import without_secrets
 from vp_rl.secrets import mask
+from vp_rl.visionprefer.estimates import without_nan
 from vp_rl.visionprefer.markdown import Markdown, escape, table
 
 _PAGES = jinja2.Environment(
@@ -30,6 +34,8 @@ class Cell(NamedTuple):
 
     value: str = "–"
     interval: str = ""
+    number: str = ""
+    """What it is out of."""
 
 
 class Line(NamedTuple):
@@ -59,6 +65,8 @@ class Section(NamedTuple):
     generators: list[str]
     by_generator: list[Line]
     svg: str
+    each: str
+    """What a part of the calibration has."""
 
 
 def write(results: Sequence[Result], folder: Path, command: str) -> Path:
@@ -68,7 +76,7 @@ def write(results: Sequence[Result], folder: Path, command: str) -> Path:
 
     Args:
         results: of every reward on every set, one after the other.
-        command: what made them.
+        command: what made them, fit to be passed on.
 
     Returns:
         The page's path.
@@ -83,12 +91,13 @@ def write(results: Sequence[Result], folder: Path, command: str) -> Path:
     pictures = {title: f"calibration-{number}.png" for number, title in enumerate(titles, start=1)}
     for title, own in by_set.items():
         as_png({result.reward: result.calibration for result in own}, folder / pictures[title])
-    numbers = json.dumps([_plain(result, by_set[result.title][0].reward, ahead) for result in results], indent=2)
+    plain = without_nan([_plain(result, by_set[result.title][0].reward, ahead) for result in results])
+    numbers = json.dumps(plain, indent=2, allow_nan=False)
     _write_by_prompt(results, folder / "by_prompt.csv")
     (folder / "accuracy.json").write_text(mask(numbers) + "\n", encoding="utf-8")
     (folder / "accuracy.md").write_text(mask(_markdown(columns, overview, sections, pictures)), "utf-8")
     page = _PAGES.get_template("accuracy.html").render(
-        columns=columns, overview=overview, sections=sections, command=public(command)
+        columns=columns, overview=overview, sections=sections, command=without_secrets(command)
     )
     (folder / "accuracy.html").write_text(mask(page), encoding="utf-8")
     return folder / "accuracy.html"
@@ -97,9 +106,7 @@ def write(results: Sequence[Result], folder: Path, command: str) -> Path:
 def console(results: Sequence[Result]) -> str:
     """A table for a terminal: a line for each reward, set and protocol."""
     rows = [
-        (result.reward, result.title, m.outcome.protocol, _text(_cell(m.accuracy)))
-        for result in results
-        for m in result.measured
+        (result.reward, result.title, m.outcome.protocol, _text(_of(m))) for result in results for m in result.measured
     ]
     return table(["reward", "set", "protocol", "%, 95% interval"], rows)
 
@@ -107,8 +114,8 @@ def console(results: Sequence[Result]) -> str:
 def _measured(results: Sequence[Result], columns: Sequence[Column]) -> list[Line]:
     lines = []
     for name in dict.fromkeys(result.reward for result in results):
-        own = {(r.title, m.outcome.protocol): m.accuracy for r in results if r.reward == name for m in r.measured}
-        lines.append(Line(name, [_cell(own[column]) if column in own else Cell() for column in columns]))
+        own = {(r.title, m.outcome.protocol): _of(m) for r in results if r.reward == name for m in r.measured}
+        lines.append(Line(name, [own.get(column, Cell()) for column in columns]))
     return lines
 
 
@@ -134,7 +141,7 @@ def _section(title: str, results: Sequence[Result], ahead: _Leads) -> Section:
         about=f"{first.prompts:,} prompts or pairs, {first.images:,} images",
         notes=_notes(results),
         protocols=[m.outcome.protocol for m in first.measured],
-        lines=[Line(result.reward, [_cell(m.accuracy) for m in result.measured]) for result in results],
+        lines=[Line(result.reward, list(map(_of, result.measured))) for result in results],
         first=first.reward,
         leads=[Line(each.reward, list(map(_lead, ahead[title, each.reward].values()))) for each in results[1:]],
         aspects=[name.replace("_", " ") for name in aspects],
@@ -142,7 +149,13 @@ def _section(title: str, results: Sequence[Result], ahead: _Leads) -> Section:
         generators=generators,
         by_generator=_by_generator(results, generators),
         svg=as_svg({result.reward: result.calibration for result in results}),
+        each=_parts(first.calibration),
     )
+
+
+def _parts(bins: Sequence[Bin]) -> str:
+    least, most = (f"{choose(each.agree.count for each in bins):,}" for choose in (min, max))
+    return f"{least} pairs" if least == most else f"{least} to {most} pairs"
 
 
 def _more_than(result: Result, first: Result) -> dict[str, Lead]:
@@ -177,13 +190,22 @@ def _notes(results: Sequence[Result]) -> list[str]:
     return notes
 
 
-def _cell(accuracy: Accuracy) -> Cell:
-    return Cell(f"{100 * accuracy.share:.1f}", _interval(accuracy)) if accuracy.pairs else Cell()
+def _cell(accuracy: Accuracy, unit: str = "pairs") -> Cell:
+    if not accuracy.pairs:
+        return Cell()
+    number = f"of {accuracy.pairs:,} {unit if accuracy.pairs > 1 else unit.removesuffix('s')}"
+    return Cell(f"{100 * accuracy.share:.1f}", _interval(accuracy), number)
+
+
+def _of(measured: Measured) -> Cell:
+    return _cell(measured.accuracy, "prompts" if measured.outcome.protocol in AVERAGED else "pairs")
 
 
 def _lead(found: Lead) -> Cell:
     low, high = 100 * found.low, 100 * found.high
-    return Cell(f"{100 * found.value:+.1f}", f"[{low:+.1f}, {high:+.1f}]") if found.value == found.value else Cell()
+    if math.isnan(found.value):
+        return Cell()
+    return Cell(f"{100 * found.value:+.1f}", TOO_FEW if math.isnan(low) else f"[{low:+.1f}, {high:+.1f}]")
 
 
 def _share(value: float) -> Cell:
@@ -204,7 +226,7 @@ def _markdown(
         parts += [f"## {escape(section.title)}", f"{section.about}."]
         parts += [Markdown(f"- {escape(note)}") for note in section.notes]
         if section.leads:
-            parts.append(f"More than {escape(section.first)}, prompt by prompt, in points:")
+            parts.append(f"More than {escape(section.first)}, prompt by prompt, in points, each interval by itself:")
             parts.append(
                 table(["", *section.protocols], [[each.name, *map(_text, each.cells)] for each in section.leads])
             )
@@ -216,13 +238,14 @@ def _markdown(
 
 
 _INTRODUCTION = (
-    "In percent, with 95% intervals from drawing prompts anew. Published numbers are as their sources have them: a "
+    "In percent, with Wilson's 95% intervals over prompts, and what each is out of. Published numbers are as their "
+    "sources have them: a "
     "number in another column is by another protocol and cannot be compared."
 )
 
 
 def _text(cell: Cell) -> Markdown:
-    return Markdown(f"{cell.value} {cell.interval}".strip())
+    return Markdown(" ".join(filter(None, cell)))
 
 
 def _write_by_prompt(results: Sequence[Result], file: Path) -> None:

@@ -1,27 +1,25 @@
 """Where a policy got better and where worse: the comparison by category of prompts."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-
-import numpy as np
+from collections.abc import Collection, Mapping, Sequence
 
 from vp_rl.evaluation.compare import Change, compare_metrics
 from vp_rl.evaluation.images import Evaluation
 
 
-def by_category(base: Evaluation, tuned: Evaluation, categories: Mapping[str, str]) -> dict[str, dict[str, Change]]:
-    """The comparison of each category's prompts alone, by its name; nothing where no prompt has a category.
+def by_category(
+    base: Evaluation, tuned: Evaluation, categories: Mapping[str, Collection[str]]
+) -> dict[str, dict[str, Change]]:
+    """The comparison of each category's prompts alone, by its name.
 
-    Small categories have wide intervals, and of many categories some differ by chance: what is sure of all prompts
-    together is not sure of each.
+    Small categories have wide intervals: what is sure of all prompts together is not sure of each.
 
     Args:
         base, tuned: the same prompts and seeds before and after.
-        categories: of the prompts; those without one are in none.
+        categories: the prompts of each.
     """
-    names = np.array([categories.get(prompt, "") for prompt in base.prompts])
-    chosen = {str(name): np.flatnonzero(names == name) for name in dict.fromkeys(names) if name}
-    return {name: compare_metrics(base.rows(rows), tuned.rows(rows)) for name, rows in sorted(chosen.items())}
+    rows = {name: [row for row, prompt in enumerate(base.prompts) if prompt in own] for name, own in categories.items()}
+    return {name: compare_metrics(base.rows(own), tuned.rows(own)) for name, own in rows.items() if own}
 
 
 def in_turn(places: Sequence[int], groups: Sequence[str]) -> list[int]:

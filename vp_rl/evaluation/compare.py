@@ -1,22 +1,29 @@
-"""Two policies on the same prompts and seeds: paired differences with bootstrap intervals, and win rates."""
+"""Two policies on the same prompts and seeds: paired differences with their intervals, and win rates."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
-from scipy.stats import bootstrap, norm, t
 
 from vp_rl.evaluation.images import Evaluation
+from vp_rl.types import ASPECTS
+from vp_rl.visionprefer import estimates
 
-_RESAMPLES = 9999
+LEVELS = {*ASPECTS, "mean_rating", "correct"}
+"""What the judge says: ratings in steps of 1, or a quarter of that for their mean, and what is so or not."""
+
+TOO_FEW = "too few prompts"
+"""Stands where an interval would."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One metric, before and after; `low` and `high` bound the mean difference with 95% confidence."""
+    """One metric, before and after; `low` and `high` bound the mean difference with 95% confidence.
+
+    They are not numbers where prompts are too few for any.
+    """
 
     base: float
     tuned: float
@@ -28,11 +35,20 @@ class Change:
     tie: float
     loss: float
     """Share of images whose value fell."""
+    chance: float = 1.0
+    """Of a difference as large where nothing has changed, looked at alone."""
+    clear: bool = False
+    """Whether it still holds when all that is looked at with it is counted: see `claims.decide`."""
 
     @property
-    def significant(self) -> bool:
-        """Whether the interval excludes no change at all."""
-        return self.low > 0 or self.high < 0
+    def few(self) -> bool:
+        """Whether there are too few prompts to say anything."""
+        return math.isnan(self.low)
+
+    @property
+    def direction(self) -> Literal["up", "down", "even"]:
+        """Where it went, if that is clear."""
+        return "even" if not self.clear else "up" if self.difference > 0 else "down"
 
 
 class Rival(NamedTuple):
@@ -77,19 +93,25 @@ def compare_metrics(base: Evaluation, tuned: Evaluation) -> dict[str, Change]:
             "Only evaluations of the same prompts and seeds can be compared: make both with one Evaluator."
         )
     after = tuned.metrics()
-    return {name: change(values, after[name], base.prompt) for name, values in base.metrics().items()}
+    return {name: change(values, after[name], base.prompt, scale_of(name)) for name, values in base.metrics().items()}
 
 
-def change(before: np.ndarray, after: np.ndarray, prompt: np.ndarray) -> Change:
+def scale_of(name: str) -> float:
+    """How far a prompt may move at least by this metric: see `estimates.paired`."""
+    return 0.25 if name == "mean_rating" else 1.0 if name in LEVELS else 0.0
+
+
+def change(before: np.ndarray, after: np.ndarray, prompt: np.ndarray, scale: float = 0.0) -> Change:
     """Of one metric.
 
     Args:
         before, after: of each image.
         prompt: the number of each image's prompt, from 0.
+        scale: see `estimates.paired`.
     """
     difference = after - before
     by_prompt = np.bincount(prompt, difference) / np.bincount(prompt)
-    low, high = interval(by_prompt)
+    low, high = estimates.paired(by_prompt, scale=scale)
     return Change(
         base=float(before.mean()),
         tuned=float(after.mean()),
@@ -99,34 +121,12 @@ def change(before: np.ndarray, after: np.ndarray, prompt: np.ndarray) -> Change:
         win=float((difference > 0).mean()),
         tie=float((difference == 0).mean()),
         loss=float((difference < 0).mean()),
+        chance=estimates.chance(by_prompt, scale),
     )
 
 
-def interval(values: Float[np.ndarray, " prompts"], confidence: float = 0.95) -> tuple[float, float]:
-    """Bootstrap interval of the mean of independent values; the mean itself where they are all equal.
-
-    The percentile interval, widened as Student's t is wider than a normal distribution whose variance leaves out n - 1
-    (Hesterberg 2015, "What teachers should know about the bootstrap", 4.3). Unwidened, or as BCa, it excludes no
-    change in up to a seventh of all comparisons of twelve prompts where there is none.
-    """
-    number = len(values)
-    if number < 2 or np.ptp(values) == 0:
-        return float(values.mean()), float(values.mean())
-    reach = math.sqrt(number / (number - 1)) * t.ppf((1 + confidence) / 2, number - 1)
-    result = bootstrap(
-        (values,),
-        np.mean,
-        confidence_level=min(1 - 2 * float(norm.sf(reach)), 1 - 1e-9),
-        n_resamples=_RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-        vectorized=True,
-    )
-    return float(result.confidence_interval.low), float(result.confidence_interval.high)
-
-
-def as_dict(changes: Mapping[str, Change]) -> dict[str, dict[str, float]]:
-    """For JSON."""
+def as_dict(changes: Mapping[str, Change]) -> dict[str, dict[str, float | bool]]:
+    """All of them, as plain values."""
     return {name: asdict(change) for name, change in changes.items()}
 
 
@@ -137,8 +137,8 @@ def as_markdown(changes: Mapping[str, Change], rival: Rival = BASE) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, c in changes.items():
+        between = TOO_FEW if c.few else f"[{c.low:+.3f}, {c.high:+.3f}]{' *' if c.clear else ''}"
         lines.append(
-            f"| {name} | {c.base:.3f} | {c.tuned:.3f} | {c.difference:+.3f} | [{c.low:+.3f}, {c.high:+.3f}] "
-            f"| {c.win:.0%} | {c.loss:.0%} |"
+            f"| {name} | {c.base:.3f} | {c.tuned:.3f} | {c.difference:+.3f} | {between} | {c.win:.0%} | {c.loss:.0%} |"
         )
     return "\n".join(lines)

@@ -9,13 +9,17 @@ from typing import Any
 
 from vp_rl.evaluation.asking import Asked
 from vp_rl.evaluation.categories import by_category
-from vp_rl.evaluation.compare import BASE, Change, Rival, as_dict, as_markdown, compare
+from vp_rl.evaluation.claims import Compared, decide
+from vp_rl.evaluation.compare import BASE, Rival, as_dict, as_markdown, compare
 from vp_rl.evaluation.distances import Distances
 from vp_rl.evaluation.duel import Duel
 from vp_rl.evaluation.images import Evaluation, Evaluator
 from vp_rl.evaluation.report import write_report
 from vp_rl.evaluation.signs import Moment, Sign, signs, summary
+from vp_rl.evaluation.trades import trades
+from vp_rl.evaluation.verdict import Chosen
 from vp_rl.secrets import mask
+from vp_rl.visionprefer.estimates import without_nan
 
 ALONE, PAIRS = "images by themselves", "both of a pair"
 """Ways in which the judge is asked."""
@@ -27,14 +31,11 @@ class Conclusion:
 
     base: Evaluation
     tuned: Evaluation
-    changes: dict[str, Change]
-    categories: dict[str, dict[str, Change]]
-    """The comparison within each category of prompts."""
+    compared: Compared
+    """All that differs, decided together: of all prompts, in each category, and by both images at once."""
     signs: list[Sign]
     history: Sequence[Moment] = ()
     """The evaluations while training, the base first; none where nobody watched."""
-    pairs: Mapping[str, Duel] = field(default_factory=dict)
-    """What the judge said of both images at once, by aspect."""
     distances: Distances | None = None
     asked: Mapping[str, Asked] = field(default_factory=dict)
     """What the judge took, by the way in which it was asked."""
@@ -44,15 +45,15 @@ class Conclusion:
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
         told: dict[str, Any] = {"history": summary(self.history)} if self.history else {}
-        if self.pairs:
-            told["pairs"] = {name: asdict(duel) for name, duel in self.pairs.items()}
+        if self.compared.pairs:
+            told["pairs"] = {name: asdict(duel) for name, duel in self.compared.pairs.items()}
         if self.distances is not None:
             told["distances"] = asdict(self.distances)
         if self.asked:
             told["judge"] = {way: each._asdict() | {"usage": each.usage._asdict()} for way, each in self.asked.items()}
         return {
-            "held_out": as_dict(self.changes),
-            "categories": {name: as_dict(each) for name, each in self.categories.items()},
+            "held_out": as_dict(self.compared.changes),
+            "categories": {name: as_dict(each) for name, each in self.compared.categories.items()},
             "signs": [asdict(sign) for sign in self.signs],
             **told,
             "prompts": len(set(self.base.prompts)),
@@ -81,19 +82,13 @@ def conclude(
         asked: what the judge took, by the way in which it was asked.
         rival: what `base` is of. An adapter is not the start of another: between two of them there are no signs.
     """
-    changes = compare(base, tuned)
-    return Conclusion(
-        base,
-        tuned,
-        changes,
-        by_category(base, tuned, evaluator.categories),
-        signs(history, changes, reward) if rival is BASE else [],
-        history,
-        pairs or {},
-        distances,
-        asked or {},
-        rival,
-    )
+    parts = by_category(base, tuned, {name: set(own) for name, own in evaluator.categories.items()})
+    found = decide(compare(base, tuned), parts, pairs)
+    told: list[Sign] = []
+    if rival is BASE:
+        told = signs(history, found.changes, reward) + trades({"": found.changes, **parts}, evaluator.categories)
+    told.sort(key=lambda sign: sign.severity == "note")
+    return Conclusion(base, tuned, found, told, history, distances, asked or {}, rival)
 
 
 def publish(
@@ -105,39 +100,45 @@ def publish(
     *,
     note: str = "",
     command: str = "",
+    chosen: Chosen | None = None,
 ) -> dict[str, Any]:
     """Writes `summary.json`, `scores.csv` and `report.html` to the folder, and prints the table and the signs.
 
     Args:
         seconds: wall time by the parts of the run.
         more: for `summary.json`.
-        note, command: see `write_report`.
+        note, command, chosen: see `write_report`.
 
     Returns:
         What is in `summary.json`.
     """
     written = {**done.as_dict(), **more}
-    (folder / "summary.json").write_text(mask(json.dumps(written, indent=2)) + "\n")
+    summary = json.dumps(without_nan(written), indent=2, allow_nan=False)
+    (folder / "summary.json").write_text(mask(summary) + "\n")
     _write_scores(folder / "scores.csv", {done.rival.short: done.base, "tuned": done.tuned})
-    print(f"\nHeld-out prompts, {done.rival.name} against trained, same seeds\n{as_markdown(done.changes, done.rival)}")
-    for name, duel in done.pairs.items():
-        print(f"both at once, {name}: " + ", ".join(f"{part} {value:.0%}" for part, value in asdict(duel).items()))
+    print(f"\nHeld-out prompts, {done.rival.name} against trained, same seeds")
+    print(as_markdown(done.compared.changes, done.rival))
+    print("* clear when all that the report compares is counted together")
+    for name, duel in done.compared.pairs.items():
+        shares = {"win": duel.win, "tie": duel.tie, "loss": duel.loss, "same in both orders": duel.consistent}
+        print(f"both at once, {name}: " + ", ".join(f"{part} {value:.0%}" for part, value in shares.items()))
     print("".join(f"\n{sign.severity}: {sign.words}" for sign in done.signs))
+    if chosen is not None and not chosen.beats_base:
+        print(f"\n{chosen.warning}")
     report = write_report(
         folder,
         done.base,
         done.tuned,
-        done.changes,
+        done.compared,
         sampler=evaluator.sampler,
         seconds=seconds,
         note=note,
         signs=done.signs,
-        categories=done.categories,
-        pairs=done.pairs,
         distances=done.distances,
         asked=done.asked,
         command=command,
         rival=done.rival,
+        chosen=chosen,
     )
     print(f"\nReport: {report}")
     return written

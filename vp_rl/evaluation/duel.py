@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from vp_rl.evaluation.asking import Asked, Rated, rate
-from vp_rl.evaluation.compare import interval
 from vp_rl.evaluation.images import Evaluation
 from vp_rl.evaluation.store import NOTHING, Store
 from vp_rl.interfaces import Annotator
 from vp_rl.types import ASPECTS
+from vp_rl.visionprefer import estimates
 
 OVERALL = "overall"
 
@@ -28,10 +28,19 @@ class Duel:
     tie: float
     loss: float
     low: float
-    """Of the 95% interval of `win - loss`."""
+    """Of the 95% interval of `win - loss`; not a number where prompts are too few."""
     high: float
     consistent: float
     """Both orders gave the same answer: far below 1 the judge goes by the place, or guesses."""
+    chance: float = 1.0
+    """Of a difference as large where nobody is better, looked at alone."""
+    clear: bool = False
+    """Whether it still holds when all that is looked at with it is counted: see `claims.decide`."""
+
+    @property
+    def difference(self) -> float:
+        """Win less loss."""
+        return self.win - self.loss
 
 
 def duels(
@@ -62,7 +71,8 @@ def _gain(rated: Sequence[Rated]) -> np.ndarray:
 
 def _duel(one: np.ndarray, other: np.ndarray, prompt: np.ndarray) -> Duel:
     outcome = np.sign(one + other)
-    low, high = interval(np.bincount(prompt, outcome) / np.bincount(prompt))
+    by_prompt = np.bincount(prompt, outcome) / np.bincount(prompt)
+    low, high = estimates.paired(by_prompt, scale=1.0)
     return Duel(
         win=float((outcome > 0).mean()),
         tie=float((outcome == 0).mean()),
@@ -70,4 +80,5 @@ def _duel(one: np.ndarray, other: np.ndarray, prompt: np.ndarray) -> Duel:
         low=low,
         high=high,
         consistent=float((np.sign(one) == np.sign(other)).mean()),
+        chance=estimates.chance(by_prompt, 1.0),
     )

@@ -14,7 +14,7 @@ from vp_rl.visionprefer import estimates
 from vp_rl.visionprefer.estimates import Estimate
 
 ALL_ASPECTS = "all aspects' pairs"
-_BINS = 10
+_BINS, _EACH = 10, 20  # parts, of at least so many pairs
 
 Reported = Sequence[tuple[Judged, np.ndarray]]
 """Judgements with the scores of their images."""
@@ -45,7 +45,7 @@ class Bin(NamedTuple):
     gap: float
     """Their mean gap, in standard deviations of the set's scores."""
     agree: Estimate
-    """Share of the people who prefer the image with the higher score."""
+    """Share of the people who prefer the image with the higher score; its `count` is of pairs."""
 
 
 class Result(NamedTuple):
@@ -174,7 +174,7 @@ def _calibration(reported: Reported) -> list[Bin]:
     gap, people, row = np.concatenate(gaps), np.concatenate(agree), np.concatenate(cluster)
     spread = np.concatenate([values for _, values in reported]).std() or 1.0
     order = np.argsort(gap, kind="stable")
-    parts = np.array_split(order, min(_BINS, len(order)))
+    parts = np.array_split(order, min(_BINS, max(1, len(order) // _EACH)))
     return [
         Bin(
             float(gap[part].mean() / spread),

@@ -180,10 +180,13 @@ class Evaluator:
         self._batch_size = batch_size
 
     @cached_property
-    def categories(self) -> Mapping[str, str]:
-        """The category of each prompt that has one."""
-        found = {prompt: self._source.category(prompt) for prompt in self.prompts}
-        return {prompt: name for prompt, name in found.items() if name}
+    def categories(self) -> dict[str, list[str]]:
+        """The prompts of each category, of which a prompt may be in several."""
+        found: dict[str, list[str]] = {}
+        for prompt in self.prompts:
+            for name in self._source.categories(prompt):
+                found.setdefault(name, []).append(prompt)
+        return dict(sorted(found.items()))
 
     def evaluate(
         self,

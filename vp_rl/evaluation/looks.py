@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,6 +20,7 @@ _SIDE = 64  # pixels that larger images are reduced to before edges are looked a
 _SHIFTED = 128  # pixels that larger images are reduced to before they are shifted
 _CELLS, _EDGE_CELLS, _DIRECTIONS = 8, 4, 8
 _AT_ONCE = 64  # images
+_FLAT = 39  # of 255: what a faint vignette or some noise makes; one drawn object has over 100
 _GREY = torch.tensor([0.299, 0.587, 0.114]).reshape(1, 3, 1, 1)
 
 
@@ -39,6 +40,16 @@ def appearance(images: Pixels) -> dict[str, Float[np.ndarray, " images"]]:
     """
     rows = [_appearance(part) for part in _parts(images)]
     return {name: torch.cat([row[name] for row in rows]).double().numpy() for name in rows[0]}
+
+
+def blank(images: Pixels) -> Bool[np.ndarray, " images"]:
+    """Whether there is nothing to be seen: all colours of an image lie close to each other.
+
+    The lowest and the highest hundredth of each channel are left out, for specks.
+    """
+    side = images.reshape(len(images), -1, 3)
+    low, high = np.quantile(side, [0.01, 0.99], axis=1)
+    return (high - low).max(1) < _FLAT
 
 
 def repetition(grey: Float[Tensor, "images height width"]) -> Float[Tensor, " images"]:

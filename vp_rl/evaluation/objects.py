@@ -9,12 +9,14 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from vp_rl.evaluation.compare import Change, change, interval
+from vp_rl.evaluation.claims import held_by, mark
+from vp_rl.evaluation.compare import Change, change
 from vp_rl.evaluation.geneval import Detector, Found, Verdict, check, examine
 from vp_rl.evaluation.images import Pixels
 from vp_rl.evaluation.store import Store, key_of, same_pixels
 from vp_rl.interfaces import Annotator
 from vp_rl.types import Answer, Aspect, Rating
+from vp_rl.visionprefer import estimates
 from vp_rl.visionprefer.object_prompts import TASKS, ObjectPrompts, Wanted
 
 OVERALL = "overall"
@@ -96,7 +98,7 @@ def _unpack(data: bytes) -> list[Found]:
 
 
 def compare_tasks(base: Checked, tuned: Checked) -> dict[str, Score]:
-    """Each task's share of right images before and after, and `OVERALL` behind them.
+    """Each task's share of right images before and after, and `OVERALL` behind them; all decided together.
 
     Raises:
         ValueError: the two are not of the same prompts and seeds.
@@ -109,9 +111,11 @@ def compare_tasks(base: Checked, tuned: Checked) -> dict[str, Score]:
     for task in (name for name in TASKS if name in tasks):
         chosen = np.flatnonzero(tasks == task)
         own = np.unique(prompt[chosen], return_inverse=True)[1]
-        scores[task] = Score(change(base.correct[chosen], tuned.correct[chosen], own), int(own.max()) + 1)
+        scores[task] = Score(change(base.correct[chosen], tuned.correct[chosen], own, 1.0), int(own.max()) + 1)
     task_of = np.array([TASKS.index(task) for task in tasks])
-    return scores | {OVERALL: Score(overall(base.correct, tuned.correct, prompt, task_of), int(prompt.max()) + 1)}
+    scores[OVERALL] = Score(overall(base.correct, tuned.correct, prompt, task_of), int(prompt.max()) + 1)
+    held = held_by({name: score.change.chance for name, score in scores.items()}, OVERALL)
+    return {name: score._replace(change=mark(score.change, held[name])) for name, score in scores.items()}
 
 
 def overall(
@@ -123,20 +127,29 @@ def overall(
     """The mean over tasks, with an interval for which each task's prompts are drawn anew, and never fewer of a task.
 
     That is the interval of a plain mean over prompts whose distances from their own task's mean are scaled so that the
-    mean's variance is that of a mean of independent means. Of one task alone it is that task's.
+    mean's variance is that of a mean of independent means. Of one task alone it is that task's; where a task has one
+    prompt alone there is none.
 
     Args:
         before, after: of each image.
         prompt: the number of each image's prompt, from 0.
         task: the number of each image's task.
     """
-    by_task = [change(before[chosen], after[chosen], np.unique(prompt[chosen], return_inverse=True)[1])
-               for chosen in (np.flatnonzero(task == each) for each in np.unique(task))]  # fmt: skip
-    means = {name: float(np.mean([getattr(own, name) for own in by_task])) for name in Change.__dataclass_fields__}
+    by_task = [
+        change(before[own], after[own], np.unique(prompt[own], return_inverse=True)[1])
+        for own in (np.flatnonzero(task == each) for each in np.unique(task))
+    ]
+    means = {
+        name: float(np.mean([getattr(own, name) for own in by_task]))
+        for name in ("base", "tuned", "difference", "win", "tie", "loss")
+    }
     difference = np.bincount(prompt, after - before) / np.bincount(prompt)
     task_of = task[np.unique(prompt, return_index=True)[1]]
-    low, high = interval(_as_one_mean(difference, task_of))
-    return replace(Change(**means), low=low, high=high)
+    if np.unique(task_of, return_counts=True)[1].min() < 2:
+        return replace(by_task[0], **means, low=math.nan, high=math.nan, chance=1.0)
+    whole = _as_one_mean(difference, task_of)
+    low, high = estimates.paired(whole, scale=1.0)
+    return replace(by_task[0], **means, low=low, high=high, chance=estimates.chance(whole, 1.0))
 
 
 def _as_one_mean(

@@ -14,8 +14,9 @@ from vp_rl.evaluation.categories import in_turn
 from vp_rl.evaluation.geneval import Found
 from vp_rl.evaluation.objects import OVERALL, Checked, Score
 from vp_rl.evaluation.report import PAGES, Row, embed, row
-from vp_rl.evaluation.settings import public
+from vp_rl.evaluation.settings import without_secrets
 from vp_rl.secrets import mask
+from vp_rl.visionprefer.estimates import without_nan
 from vp_rl.visionprefer.markdown import Markdown, escape, table
 
 _CARDS = 12  # images of each kind in the page
@@ -42,13 +43,14 @@ def write(
         base, tuned: the same prompts and seeds before and after.
         scores: their comparison.
         about: what readers must know of the numbers, a sentence each.
-        command: that made them.
+        command: that made them, fit to be passed on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = _rows(scores)
     numbers = {name: asdict(score.change) | {"prompts": score.prompts} for name, score in scores.items()}
     told = {"scores": numbers, "images": len(tuned.prompts), "about": list(about)}
-    (folder / "objects.json").write_text(mask(json.dumps(told, indent=2)) + "\n", encoding="utf-8")
+    summary = json.dumps(without_nan(told), indent=2, allow_nan=False)
+    (folder / "objects.json").write_text(mask(summary) + "\n", encoding="utf-8")
     (folder / "objects.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in _lines(base, tuned)), "utf-8")
     parts = ["# Objects that were asked for", *map(escape, about), as_markdown(scores)]
     (folder / "objects.md").write_text(mask("\n\n".join(parts)) + "\n", encoding="utf-8")
@@ -60,7 +62,7 @@ def write(
         rows=rows,
         counts={name: score.prompts for name, score in scores.items()},
         galleries=_galleries(base, tuned),
-        command=public(command),
+        command=without_secrets(command),
     )
     (folder / "objects.html").write_text(mask(page), encoding="utf-8")
     return folder / "objects.html"
@@ -79,16 +81,9 @@ def as_markdown(scores: Mapping[str, Score]) -> Markdown:
 
 
 def _rows(scores: Mapping[str, Score]) -> dict[str, Row]:
-    """In bars of one scale. One prompt alone has no interval, so nothing is clear of it; nor of tasks with one each."""
-    few = min(score.prompts for score in scores.values()) < 2
+    """In bars of one scale."""
     peers = [score.change for score in scores.values()]
-    rows = {name: row("correct", score.change, peers, TASK_NAMES[name]) for name, score in scores.items()}
-    return {
-        name: each._replace(interval="–", direction="even")
-        if scores[name].prompts < 2 or (few and name == OVERALL)
-        else each
-        for name, each in rows.items()
-    }
+    return {name: row("correct", score.change, peers, TASK_NAMES[name]) for name, score in scores.items()}
 
 
 def _lines(base: Checked, tuned: Checked) -> Iterator[dict[str, Any]]:

@@ -1,7 +1,7 @@
 """The published ways to say how often a reward agrees with people. Tables disagree because these do.
 
 Each protocol gives what every prompt earned and what it could have earned; the accuracy is the ratio of their sums.
-That one form makes one bootstrap over prompts serve them all. Ranks are people's: lower is better, equal is a tie.
+That one form makes one interval over prompts serve them all. Ranks are people's: lower is better, equal is a tie.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,6 +15,8 @@ POOLED = "pooled pairs"
 PROMPTS = "mean over prompts"
 INVERSIONS = "HPD v2's inversions"
 TIES = "Pick-a-Pic's ties"
+AVERAGED = (PROMPTS, INVERSIONS)
+"""Those that count prompts; the others count pairs."""
 
 THRESHOLDS = tuple(step / 10 for step in range(11))
 """Candidates for Pick-a-Pic's tie threshold."""

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,13 +18,14 @@ from PIL import Image
 
 from vp_rl.evaluation import settings
 from vp_rl.evaluation.asking import Asked
-from vp_rl.evaluation.compare import BASE, Change, Rival
+from vp_rl.evaluation.claims import ALPHA, Compared, counted
+from vp_rl.evaluation.compare import BASE, LEVELS, Change, Rival
 from vp_rl.evaluation.curves import curves, history, phases
 from vp_rl.evaluation.distances import Distances
-from vp_rl.evaluation.duel import OVERALL, Duel
 from vp_rl.evaluation.images import Evaluation, noise_seed
+from vp_rl.evaluation.looks import blank
 from vp_rl.evaluation.signs import Sign
-from vp_rl.evaluation.verdict import LOOK, PANEL, direction, interval, label, number, verdicts
+from vp_rl.evaluation.verdict import ALIKE, LOOK, PANEL, Chosen, interval, label, number, verdicts
 from vp_rl.sampler import Sampler
 from vp_rl.scenes import tiny
 from vp_rl.secrets import mask
@@ -55,7 +57,7 @@ class Row(NamedTuple):
     tuned: str
     change: str
     interval: str
-    direction: str  # `up` or `down` where the interval excludes 0 (`moved`, where neither is better), else `even`
+    direction: str  # `up` or `down` where that is clear (`moved`, where neither is better), else `even`
     bar: tuple[float, float, float]  # low, difference and high as percent of the plot's width; 50 is no change
     shares: tuple[float, float, float]  # percent of the images that rose, stayed, fell
 
@@ -64,53 +66,56 @@ def write_report(
     folder: Path,
     base: Evaluation,
     tuned: Evaluation,
-    changes: dict[str, Change],
+    compared: Compared,
     *,
     sampler: Sampler,
     seconds: Mapping[str, float],
     note: str = "",
     signs: Sequence[Sign] = (),
-    categories: Mapping[str, Mapping[str, Change]] | None = None,
-    pairs: Mapping[str, Duel] | None = None,
     distances: Distances | None = None,
     asked: Mapping[str, Asked] | None = None,
     command: str = "",
     rival: Rival = BASE,
+    chosen: Chosen | None = None,
 ) -> Path:
     """Writes `report.html` into the run's folder and returns its path.
 
     Args:
         folder: with `metrics*.csv` and `.hydra/`, where the run wrote them.
         base, tuned: the same prompts and seeds, by the rival and by the adapter.
-        changes: their comparison; other rewards than the one trained for are named `panel/NAME`.
+        compared: their comparison; other rewards than the one trained for are named `panel/NAME`.
         sampler: what made the images.
         seconds: wall time of each part of the run, by its name.
         note: what readers must know of the data.
         signs: of an exploited reward.
-        categories: the comparison within each category of prompts.
-        pairs: what the judge said of both images at once, by aspect.
         distances: of the sets of images as wholes.
         asked: what the judge took, by the way in which it was asked.
         command: that made it, fit to be passed on, where it is not the one that is found in the folder.
         rival: what `base` is of.
+        chosen: how the adapter was, where it was.
     """
     read, values = settings.read(folder), history(folder)
     run = read._replace(command=command or read.command)
+    rows, told = _rows(compared.changes), sorted(signs, key=lambda sign: sign.severity != "warning")
     page = PAGES.get_template("report.html").render(
         title=run.title,
         date=f"{folder.parent.name}, job {folder.name}" if folder.name.isdigit() else folder.name,
         note=note,
         prompts=len(set(base.prompts)),
         images=len(base.prompts),
-        verdicts=verdicts(changes, len(set(base.prompts)), signs, categories, (pairs or {}).get(OVERALL), rival),
+        verdicts=verdicts(compared, len(set(base.prompts)), told, rival, chosen),
+        chosen=chosen,
         rival=rival,
-        rows=_rows(changes),
-        groups=_groups(changes),
-        categories=_by_category(categories or {}, changes),
-        pairs={name: (name.replace("_", " ").capitalize(), duel) for name, duel in (pairs or {}).items()},
+        rows=rows,
+        groups=_groups(compared.changes),
+        categories=_by_category(compared),
+        pairs={name: (name.replace("_", " ").capitalize(), duel) for name, duel in compared.pairs.items()},
+        looks=len(counted(*compared)),
+        alpha=ALPHA,
         distances=distances,
         asked={way: spent(each) for way, each in (asked or {}).items()},
-        signs=sorted(signs, key=lambda sign: sign.severity != "warning"),
+        signs=[(sign, _of_prompts(base, tuned, sign.prompts)) for sign in told],
+        heading="Signs of an exploited reward" if any(each.severity == "warning" for each in told) else "Notes",
         **_galleries(base, tuned),
         curves=curves(values, signs),
         run=run,
@@ -131,17 +136,26 @@ def row(name: str, change: Change, peers: Iterable[Change], called: str = "") ->
         peers: what its bar is drawn on the same scale as.
         called: instead of the metric's label.
     """
-    reach = max(max(abs(peer.low), abs(peer.high), abs(peer.difference)) for peer in peers) or 1.0
+    ends = [abs(end) for peer in peers for end in (peer.low, peer.high, peer.difference) if not math.isnan(end)]
+    reach = max(ends, default=0.0) or 1.0
+    low, high = (change.difference, change.difference) if change.few else (change.low, change.high)
     return Row(
         label=called or label(name),
         base=number(change.base, change, name),
         tuned=number(change.tuned, change, name),
         change=number(change.difference, change, name, signed=True) + (" points" if name == "correct" else ""),
         interval=interval(change, name),
-        direction="moved" if name.startswith(LOOK) and change.significant else direction(change),
-        bar=(50 + 48 * change.low / reach, 50 + 48 * change.difference / reach, 50 + 48 * change.high / reach),
+        direction=_direction(name, change),
+        bar=(50 + 48 * low / reach, 50 + 48 * change.difference / reach, 50 + 48 * high / reach),
         shares=(100 * change.win, 100 * change.tie, 100 * change.loss),
     )
+
+
+def _direction(name: str, change: Change) -> str:
+    """Of what images look like nothing is better or worse, but that they become alike."""
+    if name.startswith(LOOK) and change.clear:
+        return "mixed" if name in ALIKE and change.difference < 0 else "moved"
+    return change.direction
 
 
 def _rows(changes: Mapping[str, Change]) -> dict[str, Row]:
@@ -162,14 +176,14 @@ def _groups(changes: Mapping[str, Change]) -> dict[str, list[str]]:
     return {title: names for title, names in groups.items() if names}
 
 
-def _by_category(categories: Mapping[str, Mapping[str, Change]], changes: Mapping[str, Change]) -> dict[str, list[Row]]:
-    """The lines of each metric that is worth telling apart by category, from the largest gain, in bars of one scale.
+def _by_category(compared: Compared) -> dict[str, list[Row]]:
+    """The lines of each of the judge's metrics, from the largest gain, in bars of one scale; all prompts before them.
 
-    That of all prompts comes before them.
+    The two that readers look for come first: the others may be below the fold.
     """
-    tables = {}
-    for name in ("mean_rating", "correct"):
-        own = {category: each[name] for category, each in categories.items() if name in each}
+    tables, changes = {}, compared.changes
+    for name in sorted((name for name in changes if name in LEVELS), key=lambda name: name in ASPECTS):
+        own = {category: each[name] for category, each in compared.categories.items() if name in each}
         if own:
             ordered = sorted(own.items(), key=lambda item: -item[1].difference)
             peers = [changes[name], *own.values()]
@@ -200,6 +214,14 @@ def _galleries(base: Evaluation, tuned: Evaluation) -> dict[str, list[dict[str, 
     return {name: [_card(base, tuned, int(index)) for index in indices] for name, indices in chosen.items()}
 
 
+def _of_prompts(base: Evaluation, tuned: Evaluation, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """One image of each of these prompts, of what moved the judge's ratings of it most."""
+    moved = np.abs(tuned.ratings - base.ratings).sum(1)
+    wanted = list(dict.fromkeys(prompts))[:_CARDS]
+    places = [[row for row, own in enumerate(base.prompts) if own == prompt] for prompt in wanted]
+    return [_card(base, tuned, max(rows, key=lambda row: moved[row])) for rows in places if rows]
+
+
 def _card(base: Evaluation, tuned: Evaluation, index: int) -> dict[str, Any]:
     sides = []
     for side in (base, tuned):
@@ -210,6 +232,7 @@ def _card(base: Evaluation, tuned: Evaluation, index: int) -> dict[str, Any]:
                 "scores": {"reward": side.scores[index], **others},
                 "rating": side.ratings[index].mean(),
                 "correct": side.ratings[index, 0] == 5,
+                "blank": bool(blank(side.images[index : index + 1])[0]),
             }
         )
     said = (base.ratings[index], tuned.ratings[index], base.rationales[index], tuned.rationales[index])

@@ -43,10 +43,33 @@ def read(folder: Path) -> Settings:
     config = yaml.safe_dump(publishable(tree), sort_keys=False, allow_unicode=True, width=110) if tree else ""
     return Settings(
         title=_value("", chosen.get("name") or chosen.get("experiment") or folder.name),
-        command=shlex.join(["python", "train.py", *map(override, given)]) if given else "",
+        command=command(["python", "train.py", *given]) if given else "",
         config=config,
         policy=publishable(tree.get("policy") or {}),
     )
+
+
+def command(words: Sequence[str]) -> str:
+    """A command line that repeats what it did, as it can be pasted: whole paths, but no credentials and no hosts.
+
+    Without `resume`, which would go on with some other run. Paths below the folder that it was given in are relative to
+    that, and the home folder is `$HOME`.
+    """
+    return " ".join(_quoted(word) for word in words if not re.match(r"\+{0,2}resume=", word))
+
+
+def _quoted(word: str) -> str:
+    name, equals, value = word.partition("=")
+    if equals and _SECRET_NAME.search(name) and value not in ("", "null"):
+        return shlex.quote(f"{name}={_HIDDEN}")
+    if equals and _HOST_NAME.search(name.rpartition(".")[2]) and value and not value.startswith("${"):
+        return shlex.quote(f"{name}=(host)")
+    shown = without_secrets(word)
+    here, home = f"{Path.cwd()}/", str(Path.home())
+    if len(here) > 1:
+        shown = re.sub(rf"(?<![\w/.~}}]){re.escape(here)}(?=[^/])", "", shown)
+    parts = re.split(rf"(?<![\w/.~}}]){re.escape(home)}(?=/|$)", shown) if len(home) > 1 else [shown]
+    return '"$HOME"'.join(shlex.quote(part) if part else "" for part in parts) or "''"
 
 
 def override(entry: str) -> str:
@@ -57,8 +80,12 @@ def override(entry: str) -> str:
 
 def public(text: str) -> str:
     """Without what a page must not give away: credentials, hosts, and the folders above a file."""
-    text = mask(_SECRET_GIVEN.sub(rf"\1{_HIDDEN}", text))
-    return _FOLDERS.sub("…/", _DRIVE.sub("…/", _HOST.sub("://(host)", text)))
+    return _FOLDERS.sub("…/", _DRIVE.sub("…/", without_secrets(text)))
+
+
+def without_secrets(text: str) -> str:
+    """Without credentials and hosts."""
+    return _HOST.sub("://(host)", mask(_SECRET_GIVEN.sub(rf"\1{_HIDDEN}", text)))
 
 
 def _load(folder: Path, name: str) -> Any:

@@ -1,20 +1,23 @@
 """Signs that a policy found a way to its reward that nobody meant, in words.
 
 Each rule is a comparison of the same prompts and seeds at two times, so that what the noise of sampling does to both
-does not count. The rules look at many numbers in many evaluations: hence intervals of 99%.
+does not count. The rules look at many numbers: where nothing has changed, all of them together say something in at most
+`SIGNS` of runs (`claims` has the rest of what a page may be wrong in).
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
-from vp_rl.evaluation.compare import Change, interval
+from vp_rl.evaluation.claims import SIGNS
+from vp_rl.evaluation.compare import Change, scale_of
 from vp_rl.evaluation.images import Evaluation
+from vp_rl.visionprefer.estimates import paired
 
-_CONFIDENCE = 0.99
+_LOOKS = 7  # that are looked at, in both directions; half of `SIGNS` is theirs
 _LOST = 0.3  # share of the base's diversity or spread
 _DRIFTED = 0.25  # share of the base's brightness, contrast, colour or sharpness
 _REPEATED = 0.1  # more of an image's likeness to itself comes back when it is shifted
@@ -38,6 +41,8 @@ class Sign:
     epoch: int | None
     """Since when, in epochs done; None where it is of the finished run."""
     severity: Literal["warning", "note"]
+    prompts: list[str] = field(default_factory=list)
+    """Whose images show it, where it is of some prompts alone."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ def summary(history: Sequence[Moment]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"epoch": each.epoch, "kl": each.kl}
         for name, values in each.values.items():
             gain = np.subtract(values, history[0].values[name])
-            low, high = interval(gain)
+            low, high = paired(gain, scale=scale_of(name))
             row[name] = {"mean": each.mean(name), "difference": float(gain.mean()), "low": low, "high": high}
         rows.append(row)
     return rows
@@ -92,7 +97,7 @@ def signs(
 
     Args:
         history: the base and the evaluations since, in order.
-        final: the comparison of the finished run, on other prompts; None: it is still running.
+        final: the comparison of the finished run, on other prompts, decided; None: it is still running.
         reward: what the trained reward is called.
     """
     found = [] if len(history) < 2 else [*_over_optimised(history, reward), *_alike(history), *_far(history)]
@@ -109,14 +114,16 @@ def _over_optimised(history: Sequence[Moment], reward: str) -> list[Sign]:
     and the interval keeps its promise however many evaluations there are.
     """
     now, found = history[-1], []
-    for name in _independent(now.values):
+    names = _independent(now.values)
+    sure = 1 - SIGNS / len(names)  # of which one side counts, the other half of `SIGNS`
+    for name in names:
         best = max(history[:-1], key=lambda each: each.mean(name))
-        fell, rose = (_since_the_best(history, name, each) for each in (name, "reward"))
-        if fell[2] >= 0 or rose[0] <= 0:
+        fell, rose = (_since_the_best(history, name, each, sure) for each in (name, "reward"))
+        if not fell[2] < 0 or rose[0] <= 0:
             continue
         words = (
             f"Since about epoch {best.epoch} {reward} went {rose[0]:+.2g} while {_name(name)} went {fell[0]:+.2g} "
-            f"(99% interval {fell[1]:+.2g} to {fell[2]:+.2g}): likely over-optimised; "
+            f"({100 * sure:.4g}% interval {fell[1]:+.2g} to {fell[2]:+.2g}): likely over-optimised; "
         )
         end = "the untrained model is the best by it." if best.epoch == 0 else f"the best by it is epoch {best.epoch}."
         found.append(Sign(words + end, best.epoch, "warning"))
@@ -150,7 +157,7 @@ def _repeated(history: Sequence[Moment]) -> list[Sign]:
     """Images repeat textures or objects more than the base's do."""
     base, now, name = history[0], history[-1], "look/repetition"
     rose, low, _ = _change(base, now, name)
-    if rose < _REPEATED or low <= 0:
+    if rose < _REPEATED or not low > 0:
         return []
     since = next(each.epoch for each in history if each.mean(name) - base.mean(name) >= _REPEATED)
     words = (
@@ -179,13 +186,13 @@ def _of_the_end(final: Mapping[str, Change], reward: str) -> list[Sign]:
     """On the final prompts the reward has risen and another has fallen."""
     gain, found = final["reward"], []
     for name in _independent(final):
-        if gain.low > 0 and final[name].high < 0:
+        if gain.direction == "up" and final[name].direction == "down":
             words = (
                 f"On the final prompts {reward} went {gain.difference:+.2g} while {_name(name)} went "
                 f"{final[name].difference:+.2g}: likely over-optimised."
             )
             found.append(Sign(words, None, "warning"))
-    if gain.high < 0:
+    if gain.direction == "down":
         found.append(Sign(f"On the final prompts {reward} itself fell, by {-gain.difference:.2g}.", None, "warning"))
     return found
 
@@ -201,10 +208,12 @@ def _name(name: str) -> str:
 def _change(before: Moment, after: Moment, name: str) -> tuple[float, float, float]:
     """The mean difference, and its interval's ends."""
     gain = np.subtract(after.values[name], before.values[name])
-    return float(gain.mean()), *interval(gain, _CONFIDENCE)
+    return float(gain.mean()), *paired(gain, 1 - SIGNS / 2 / _LOOKS, scale_of(name))
 
 
-def _since_the_best(history: Sequence[Moment], by: str, name: str) -> tuple[float, float, float]:
+def _since_the_best(
+    history: Sequence[Moment], by: str, name: str, confidence: float = 0.99
+) -> tuple[float, float, float]:
     """`_change` of each half of the prompts from the evaluation that is the best one by the other half."""
     now = np.array(history[-1].values[name])
     values, judged = (np.array([each.values[one] for each in history[:-1]]) for one in (name, by))
@@ -213,7 +222,7 @@ def _since_the_best(history: Sequence[Moment], by: str, name: str) -> tuple[floa
         others = ~half if (~half).any() else half  # a single prompt has no other half
         before[half] = values[judged[:, others].mean(1).argmax()][half]
     gain = now - before
-    return float(gain.mean()), *interval(gain, _CONFIDENCE)
+    return float(gain.mean()), *paired(gain, confidence, scale_of(name))
 
 
 def _share(base: Moment, now: Moment, name: str) -> float:

@@ -9,9 +9,10 @@ from typing import Any
 import yaml
 from filelock import FileLock
 
+from vp_rl.evaluation.compare import TOO_FEW, Change
 from vp_rl.evaluation.job import replace
 from vp_rl.evaluation.settings import override
-from vp_rl.evaluation.sweep_page import accuracies, page
+from vp_rl.evaluation.sweep_page import accuracies, changes_of, page
 
 _METRICS = ("reward", "prompt_following", "mean_rating", "correct")
 
@@ -69,22 +70,22 @@ def _summary(file: Path) -> dict[str, Any]:
 
 
 def _numbers(summary: dict[str, Any]) -> Cells:
-    row = {}
+    row: dict[str, float] = {}
     for name, change in _changes(summary).items():
-        row |= {name: change["tuned"]} | {f"{name}.{part}": change[part] for part in ("difference", "low", "high")}
+        row |= {name: change.tuned, f"{name}.difference": change.difference}
+        row |= {} if change.few else {f"{name}.low": change.low, f"{name}.high": change.high}
     return {column: f"{value:.6g}" for column, value in (row | _others(summary)).items()}
 
 
 def _words(summary: dict[str, Any]) -> Cells:
-    row = {
-        name: f"{c['tuned']:.3f} ({c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}])"
-        for name, c in _changes(summary).items()
-    }
+    row = {}
+    for name, c in _changes(summary).items():
+        row[name] = f"{c.tuned:.3f} ({c.difference:+.3f} {TOO_FEW if c.few else f'[{c.low:+.3f}, {c.high:+.3f}]'})"
     return row | {column: f"{value:.4g}" for column, value in _others(summary).items()}
 
 
-def _changes(summary: dict[str, Any]) -> dict[str, dict[str, float]]:
-    found = summary.get("held_out", {})
+def _changes(summary: dict[str, Any]) -> dict[str, Change]:
+    found = changes_of(summary)
     return {name: found[name] for name in _METRICS if name in found}
 
 

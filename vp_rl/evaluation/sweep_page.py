@@ -1,6 +1,7 @@
 """A sweep's runs on one page: results with intervals, and what each makes of the same prompts."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from vp_rl.evaluation.claims import held_by, mark
 from vp_rl.evaluation.compare import Change
 from vp_rl.evaluation.report import PAGES, Row, duration, embed, row
 from vp_rl.files import images as image_files
@@ -45,10 +47,7 @@ def page(
         summaries: what each found; empty where it has not finished.
     """
     shared = {name: value for name, value in overrides[0].items() if all(o.get(name) == value for o in overrides)}
-    changes = [
-        {name: Change(**value) for name, value in summary.get("held_out", {}).items() if name in _METRICS}
-        for summary in summaries
-    ]
+    changes = _together([changes_of(summary) for summary in summaries])
     gains = [found["mean_rating"].difference if "mean_rating" in found else -np.inf for found in changes]
     peers = {name: [found[name] for found in changes if name in found] for name in _METRICS}
     runs, base = [], ""
@@ -82,13 +81,31 @@ def page(
     )  # fmt: skip
 
 
+def changes_of(summary: Mapping[str, Any]) -> dict[str, Change]:
+    """A run's own; what is null there is not a number."""
+    found: dict[str, Change] = {}
+    for name, own in summary.get("held_out", {}).items():
+        known = {key: each for key, each in own.items() if key in Change.__dataclass_fields__}
+        values: dict[str, Any] = {key: math.nan if each is None else each for key, each in known.items()}
+        if name in _METRICS:
+            found[name] = Change(**values)
+    return found
+
+
+def _together(changes: Sequence[Mapping[str, Change]]) -> list[dict[str, Change]]:
+    """Decided as one page: more runs are more looks."""
+    held = held_by({(run, name): each.chance for run, own in enumerate(changes) for name, each in own.items()})
+    return [{name: mark(each, held[run, name]) for name, each in own.items()} for run, own in enumerate(changes)]
+
+
 def _union(rows: Any) -> list[str]:
     return list(dict.fromkeys(name for each in rows for name in each))
 
 
 def accuracies(summary: Mapping[str, Any]) -> dict[str, float]:
     """A reward model's accuracies, each by the rule that stands first: by the mean rating, or by what people prefer."""
-    return {name: next(iter(by_rule.values()))["share"] for name, by_rule in summary.get("accuracy", {}).items()}
+    found = {name: next(iter(by_rule.values()))["share"] for name, by_rule in summary.get("accuracy", {}).items()}
+    return {name: share for name, share in found.items() if share is not None}
 
 
 def _strips(run: Path) -> tuple[str, str]:

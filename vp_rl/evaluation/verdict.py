@@ -1,10 +1,12 @@
 """A run's outcome in three sentences: did it improve, what got worse, was the reward over-optimised."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from vp_rl.evaluation.compare import BASE, Change, Rival
-from vp_rl.evaluation.duel import Duel
+from vp_rl.evaluation.claims import Compared
+from vp_rl.evaluation.compare import BASE, TOO_FEW, Change, Rival
+from vp_rl.evaluation.duel import OVERALL
 from vp_rl.evaluation.signs import Sign
 from vp_rl.types import ASPECTS
 
@@ -23,7 +25,10 @@ LABELS = {
     "look/distance": "Distance between the two images",
 }
 PANEL, LOOK = "panel/", "look/"  # other rewards; what images look like, which is neither good nor bad
+ALIKE = ("look/diversity", "look/spread")
+"""What images look like, of which less is worse: one image whatever the prompt or the noise."""
 _RATED = (*ASPECTS, "mean_rating")
+_NAMED = 4  # of what got worse
 
 
 class Verdict(NamedTuple):
@@ -32,7 +37,42 @@ class Verdict(NamedTuple):
     question: str
     answer: str
     sentence: str
-    mood: Literal["up", "down", "even"]
+    mood: Literal["up", "down", "even", "mixed"]
+
+
+class Chosen(NamedTuple):
+    """Which epoch's adapter is the run's result, by prompts that the result is not measured on."""
+
+    metric: str
+    epoch: int
+    epochs: int
+    """That were trained."""
+    value: float
+    base: float
+    """The base model's, on the same prompts."""
+
+    @property
+    def beats_base(self) -> bool:
+        """Whether any epoch did."""
+        return self.value > self.base
+
+    @property
+    def words(self) -> str:
+        """Which one it is, and why."""
+        best = "best on validation" if self.beats_base else "the best trained one on validation, below the base"
+        return (
+            f"epoch {self.epoch} of {self.epochs}, {best} by {label(self.metric).lower()} "
+            f"({self.value:.2f}; base {self.base:.2f})"
+        )
+
+    @property
+    def warning(self) -> str:
+        """What is to be known where no epoch beats the base."""
+        return (
+            f"On validation no epoch beats the base model by {label(self.metric).lower()} ({self.value:.2f} at best, "
+            f"base {self.base:.2f}): this adapter is the best trained one, of epoch {self.epoch}, and using none may "
+            "be better."
+        )
 
 
 def label(name: str) -> str:
@@ -47,7 +87,7 @@ def number(value: float, change: Change, name: str, signed: bool = False) -> str
     if name == "correct":
         value, digits, unit = 100 * value, 0, "" if signed else "%"
     else:
-        width = max(abs(change.low), abs(change.high), abs(change.difference))
+        width = max(abs(each) for each in (change.low, change.high, change.difference) if not math.isnan(each))
         order = int(f"{width:e}".split("e")[1])
         digits, unit = 2 if name in _RATED or not width else min(max(2, 1 - order), 4), ""
     text = f"{value:{'+' if signed else ''}.{digits}f}"
@@ -56,32 +96,36 @@ def number(value: float, change: Change, name: str, signed: bool = False) -> str
 
 def interval(change: Change, name: str) -> str:
     """95%, in brackets."""
+    if change.few:
+        return TOO_FEW
     return f"[{number(change.low, change, name, signed=True)}, {number(change.high, change, name, signed=True)}]"
 
 
-def direction(change: Change) -> Literal["up", "down", "even"]:
-    """Where the whole interval lies."""
-    return "even" if not change.significant else "up" if change.low > 0 else "down"
-
-
 def verdicts(
-    changes: Mapping[str, Change],
+    found: Compared,
     prompts: int,
     signs: Sequence[Sign] = (),
-    categories: Mapping[str, Mapping[str, Change]] | None = None,
-    pair: Duel | None = None,
     rival: Rival = BASE,
+    chosen: Chosen | None = None,
 ) -> list[Verdict]:
-    """One sentence to each question, in words that the intervals allow; another where the judge saw whole pairs."""
+    """One sentence to each question, in words that what is clear allows; another where the judge saw whole pairs.
+
+    Args:
+        found: everything that the page compares: the sentences and the page's tables go by the same list.
+        prompts: how many.
+        signs: of an exploited reward.
+        rival: what is compared with.
+        chosen: how the adapter was, where it was.
+    """
     return [
-        _improved(changes["mean_rating"], changes["correct"], prompts, pair, rival),
-        _worse(changes, categories or {}, rival),
-        _over_optimised(changes["reward"], changes["mean_rating"], signs, rival),
+        _improved(found, prompts, rival, chosen),
+        _worse(found, rival),
+        _over_optimised(found.changes["reward"], found.changes["mean_rating"], signs, rival),
     ]
 
 
-def _improved(rating: Change, correct: Change, prompts: int, pair: Duel | None, rival: Rival) -> Verdict:
-    mood = direction(rating)
+def _improved(found: Compared, prompts: int, rival: Rival, chosen: Chosen | None) -> Verdict:
+    rating, correct, pair = found.changes["mean_rating"], found.changes["correct"], found.pairs.get(OVERALL)
     was, now = (number(value, correct, "correct") for value in (correct.base, correct.tuned))
     moved = _moved(correct, "correct")
     if rival is BASE:
@@ -98,44 +142,74 @@ def _improved(rating: Change, correct: Change, prompts: int, pair: Duel | None, 
     if pair is not None:
         sentence += f" Shown both images at once, it prefers the trained model's in {pair.win:.0%} of the pairs, "
         sentence += f"{rival.name}'s in {pair.loss:.0%}."
-    return Verdict(question, {"up": "Yes", "down": no, "even": "Not clearly"}[mood], sentence, mood)
+    if chosen is not None and not chosen.beats_base:
+        sentence += f" {chosen.warning}"
+    even = "Too few prompts to say" if rating.few else "Not clearly"
+    return Verdict(question, {"up": "Yes", "down": no, "even": even}[rating.direction], sentence, rating.direction)
 
 
-def _worse(changes: Mapping[str, Change], categories: Mapping[str, Mapping[str, Change]], rival: Rival) -> Verdict:
+def _worse(found: Compared, rival: Rival) -> Verdict:
+    """All that is clearly worse, wherever on the page it stands; and images that became alike, which no judge rates."""
     question = "Did anything get worse?" if rival is BASE else "Is anything worse?"
-    judged = [name for name in changes if not name.startswith(LOOK)]
     fell = [
-        f"{_named(name)} {_went(changes[name], name, rival)}" for name in judged if direction(changes[name]) == "down"
+        f"{_named(name)} {_went(each, name, rival)}"
+        for name, each in found.changes.items()
+        if each.direction == "down" and not name.startswith(LOOK)
     ]
     fell += [
-        f"the judge's mean rating in “{name}” {_went(own['mean_rating'], 'mean_rating', rival)}"
-        for name, own in categories.items()
-        if "mean_rating" in own and direction(own["mean_rating"]) == "down"
+        f"{_named(name)} in “{part}” {_went(each, name, rival)}"
+        for part, own in found.categories.items()
+        for name, each in own.items()
+        if each.direction == "down"
     ]
-    rating, lower = changes["mean_rating"], "clearly fell" if rival is BASE else "is clearly lower"
+    fell += [
+        f"of pairs, it prefers {rival.name}'s images{'' if name == OVERALL else f' in {label(name).lower()}'}"
+        for name, each in found.pairs.items()
+        if each.clear and each.difference < 0
+    ]
+    alike = [
+        f"{label(name).lower()} {_went(each, name, rival)}"
+        for name, each in found.changes.items()
+        if name in ALIKE and each.direction == "down"
+    ]
+    rating, lower = found.changes["mean_rating"], "clearly fell" if rival is BASE else "is clearly lower"
     images = f"{rating.loss:.0%} of the images are rated lower than {rival.name}'s, {rating.win:.0%} higher"
+    more = [f"and {len(fell) - _NAMED} more below"] if len(fell) > _NAMED else []
     if fell:
-        words = "; ".join([*fell, images])
-        return Verdict(question, "Yes", f"{words[0].upper()}{words[1:]}.", "down")
-    still = f"No measure {lower}; still, " if rating.loss else f"No measure {lower}: "
-    return Verdict(question, "Not clearly", f"{still}{images}.", "even")
+        return Verdict(question, "Yes", _sentence("; ".join([*fell[:_NAMED], *more, *alike, images])), "down")
+    no = f"No rating or reward {lower}, over all prompts or in a category"
+    if alike:
+        become = "Images became more alike" if rival is BASE else "Its images are more alike"
+        return Verdict(question, become, f"{_sentence(' and '.join(alike))} {no}; {images}.", "mixed")
+    if rating.few:
+        no = "Of so few prompts nothing can be said"
+    return Verdict(question, "Not clearly", f"{no}{'; still, ' if rating.loss else ': '}{images}.", "even")
 
 
 def _over_optimised(reward: Change, rating: Change, signs: Sequence[Sign], rival: Rival) -> Verdict:
-    question, rose = "Over-optimised?", direction(reward)
+    question, rose = "Over-optimised?", reward.direction
     warnings = [sign for sign in signs if sign.severity == "warning"]
     if warnings:
-        more = f" ({len(warnings) - 1} more below.)" if len(warnings) > 1 else ""
+        more = f" ({len(signs) - 1} more below.)" if len(signs) > 1 else ""
         return Verdict(question, "There are signs of it", f"{warnings[0].words.rstrip('.')}.{more}", "down")
     trained = f"The reward it was trained for {_went(reward, 'reward', rival)}"
-    if rose == "up" and direction(rating) != "up":
+    if rose == "up" and rating.direction != "up":
         fate = f"the judge's rating {_went(rating, 'mean_rating', rival)}"
         look = "look for reward hacking in the images below before you use this adapter"
         return Verdict(question, "Possibly", f"{trained}, and {fate}: {look}.", "down")
     if rose == "up":
-        return Verdict(question, "No sign of it", f"{trained}, and the judge's rating with it.", "up")
-    hint = ": nothing has been optimised yet, so nothing over-optimised. Longer training may help"
-    return Verdict(question, "No sign of it", f"{trained}{hint if rose == 'even' and rival is BASE else ''}.", "even")
+        said = f"{trained}, and the judge's rating with it."
+    else:
+        hint = ": nothing has been optimised yet, so nothing over-optimised. Longer training may help"
+        said = f"{trained}{hint if rose == 'even' and rival is BASE else ''}."
+    if signs:
+        notes = f"{len(signs)} note{'s' if len(signs) > 1 else ''}"
+        return Verdict(question, f"No warning; {notes} below", f"{said} {signs[0].words}", "mixed")
+    return Verdict(question, "No sign of it", said, "up" if rose == "up" else "even")
+
+
+def _sentence(words: str) -> str:
+    return f"{words[0].upper()}{words[1:]}."
 
 
 def _named(name: str) -> str:
@@ -146,13 +220,14 @@ def _named(name: str) -> str:
 
 def _went(change: Change, name: str, rival: Rival) -> str:
     """`rose by 0.50 [+0.21, +0.79]`."""
-    if not change.significant:
+    if not change.clear:
         return f"{rival.same} ({_moved(change, name)})"
     by = number(abs(change.difference), change, name).rstrip("%")
     unit = " points" if name == "correct" else ""
-    return f"{rival.rose if change.low > 0 else rival.fell} {by}{unit} {interval(change, name)}"
+    return f"{rival.rose if change.difference > 0 else rival.fell} {by}{unit} {interval(change, name)}"
 
 
 def _moved(change: Change, name: str) -> str:
     unit = " points" if name == "correct" else ""
-    return f"{number(change.difference, change, name, signed=True)}{unit} {interval(change, name)}"
+    between = f", {TOO_FEW}" if change.few else f" {interval(change, name)}"
+    return f"{number(change.difference, change, name, signed=True)}{unit}{between}"

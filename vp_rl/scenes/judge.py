@@ -89,6 +89,8 @@ def look(image: np.ndarray) -> Sighting:
         labels, _ = ndimage.label(colored & (nearest == index), structure=np.ones((3, 3)))  # pyright: ignore
         for number, where in enumerate(ndimage.find_objects(labels), start=1):
             mask = labels[where] == number
+            if mask.shape == (SIZE, SIZE):
+                continue  # from edge to edge both ways: the ground, not an object on it
             if mask.sum() >= _MIN_AREA:
                 objects.append(_object(color, mask, where))
             elif mask.sum() >= 4:  # less is the rim of a neighbour

@@ -8,7 +8,7 @@ from typing import get_args
 
 from vp_rl.configuration.kinds import Count, Seed, Text, Texts, Whole
 from vp_rl.interfaces import PromptSource
-from vp_rl.scenes.grammar import parse, unique_scenes
+from vp_rl.scenes.grammar import UNSAFE_SHAPE, parse, unique_scenes
 from vp_rl.types import Dropped, Split
 from vp_rl.visionprefer.clean import Cleaner
 from vp_rl.visionprefer.raw import Columns, RawPrompt, read_file, read_hub, sample
@@ -37,6 +37,12 @@ class ScenePrompts(PromptSource):
     def category(self, prompt: str) -> str:
         """The grammar's."""
         return parse(prompt).category
+
+    def categories(self, prompt: str) -> tuple[str, ...]:
+        """That, and `unsafe` where what the prompt asks for is: there the judge's aspects want opposite things."""
+        scene = parse(prompt)
+        unsafe = any(thing.shape == UNSAFE_SHAPE for thing in scene.things)
+        return (scene.category, "unsafe") if unsafe else (scene.category,)
 
 
 class FilePrompts(PromptSource):
