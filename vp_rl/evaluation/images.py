@@ -40,8 +40,8 @@ class Evaluation:
     seeds: list[int]
     """One for each image."""
     images: Pixels
-    scores: Float[np.ndarray, " images"]
-    """By the reward."""
+    scores: Float[np.ndarray, " images"] | None
+    """By the reward that was trained for; None: what is trained has none."""
     ratings: Int[np.ndarray, "images aspects"]
     """By the judge, 1 to 5, in the order of `ASPECTS`."""
     rationales: list[tuple[str, ...]]
@@ -55,7 +55,7 @@ class Evaluation:
         """Everything better or worse, by name, for each image; `correct` is 1 where prompt following is rated 5."""
         by_aspect = {aspect: self.ratings[:, index].astype(float) for index, aspect in enumerate(ASPECTS)}
         return {
-            "reward": self.scores.astype(float),
+            **({} if self.scores is None else {"reward": self.scores.astype(float)}),
             **by_aspect,
             "mean_rating": self.ratings.mean(1),
             "correct": (by_aspect["prompt_following"] == 5).astype(float),
@@ -96,7 +96,7 @@ class Evaluation:
             [self.prompts[row] for row in chosen],
             [self.seeds[row] for row in chosen],
             self.images[chosen],
-            self.scores[chosen],
+            None if self.scores is None else self.scores[chosen],
             self.ratings[chosen],
             [self.rationales[row] for row in chosen],
             {name: scores[chosen] for name, scores in self.panel.items()},
@@ -241,13 +241,13 @@ class Evaluator:
 
     @torch.no_grad()
     def judge(
-        self, pixels: Pixels, reward: Reward, prompts: Sequence[str], device: torch.device, kept: Kept = NOTHING
+        self, pixels: Pixels, reward: Reward | None, prompts: Sequence[str], device: torch.device, kept: Kept = NOTHING
     ) -> Evaluation:
         """Scores and rates what `make` made. Rewards see images in 8 bits a colour, as users do.
 
         Args:
             pixels: the images.
-            reward: what scores them, beside the panel.
+            reward: what scores them, beside the panel; None: the panel alone.
             prompts: theirs.
             device: where rewards work; the panel stays there.
             kept: what was rated before, and scored by those rewards that have a fingerprint, and is not again.
@@ -257,13 +257,14 @@ class Evaluator:
         scores = {
             name: self._scores(each.to(device), pixels, rows, device, kept, name, names)
             for name, each in {"reward": reward, **self.panel}.items()
+            if each is not None
         }
         ratings, rationales, asked = self._rate(prompts, pixels, kept)
         return Evaluation(
             [row.prompt for row in rows],
             [row.seed for row in rows],
             pixels,
-            scores.pop("reward"),
+            scores.pop("reward", None),
             ratings,
             rationales,
             scores,

@@ -205,7 +205,7 @@ def spent(asked: Asked) -> str:
 def _galleries(base: Evaluation, tuned: Evaluation) -> dict[str, list[dict[str, Any]]]:
     """One image of each of the first prompts, and those that the judge's mean rating moved most, up and down."""
     gain = tuned.ratings.mean(1) - base.ratings.mean(1)
-    order = np.lexsort((base.scores - tuned.scores, -gain))
+    order = np.lexsort((_score(base) - _score(tuned), -gain))
     chosen = {
         "first": base.of_first_seed()[:_CARDS],
         "gains": [index for index in order[:_CARDS] if gain[index] > 0],
@@ -222,6 +222,11 @@ def _of_prompts(base: Evaluation, tuned: Evaluation, prompts: Sequence[str]) -> 
     return [_card(base, tuned, max(rows, key=lambda row: moved[row])) for rows in places if rows]
 
 
+def _score(side: Evaluation) -> np.ndarray:
+    """What orders images of one gain: the reward's scores, where there are any."""
+    return np.zeros(len(side.prompts)) if side.scores is None else side.scores
+
+
 def _card(base: Evaluation, tuned: Evaluation, index: int) -> dict[str, Any]:
     sides = []
     for side in (base, tuned):
@@ -229,7 +234,7 @@ def _card(base: Evaluation, tuned: Evaluation, index: int) -> dict[str, Any]:
         sides.append(
             {
                 "image": embed(Image.fromarray(side.images[index])),
-                "scores": {"reward": side.scores[index], **others},
+                "scores": others if side.scores is None else {"reward": side.scores[index], **others},
                 "rating": side.ratings[index].mean(),
                 "correct": side.ratings[index, 0] == 5,
                 "blank": bool(blank(side.images[index : index + 1])[0]),

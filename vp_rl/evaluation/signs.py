@@ -114,7 +114,9 @@ def _over_optimised(history: Sequence[Moment], reward: str) -> list[Sign]:
     and the interval keeps its promise however many evaluations there are.
     """
     now, found = history[-1], []
-    names = _independent(now.values)
+    names = _independent(now.values) if "reward" in now.values else []
+    if not names:
+        return []
     sure = 1 - SIGNS / len(names)  # of which one side counts, the other half of `SIGNS`
     for name in names:
         best = max(history[:-1], key=lambda each: each.mean(name))
@@ -184,6 +186,8 @@ def _far(history: Sequence[Moment]) -> list[Sign]:
 
 def _of_the_end(final: Mapping[str, Change], reward: str) -> list[Sign]:
     """On the final prompts the reward has risen and another has fallen."""
+    if "reward" not in final:
+        return []
     gain, found = final["reward"], []
     for name in _independent(final):
         if gain.direction == "up" and final[name].direction == "down":

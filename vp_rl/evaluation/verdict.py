@@ -31,13 +31,16 @@ _RATED = (*ASPECTS, "mean_rating")
 _NAMED = 4  # of what got worse
 
 
+Mood = Literal["up", "down", "even", "mixed"]
+
+
 class Verdict(NamedTuple):
     """A question that every reader has, and its answer."""
 
     question: str
     answer: str
     sentence: str
-    mood: Literal["up", "down", "even", "mixed"]
+    mood: Mood
 
 
 class Chosen(NamedTuple):
@@ -120,7 +123,7 @@ def verdicts(
     return [
         _improved(found, prompts, rival, chosen),
         _worse(found, rival),
-        _over_optimised(found.changes["reward"], found.changes["mean_rating"], signs, rival),
+        _over_optimised(found.changes.get("reward"), found.changes["mean_rating"], signs, rival),
     ]
 
 
@@ -186,12 +189,16 @@ def _worse(found: Compared, rival: Rival) -> Verdict:
     return Verdict(question, "Not clearly", f"{no}{'; still, ' if rating.loss else ': '}{images}.", "even")
 
 
-def _over_optimised(reward: Change, rating: Change, signs: Sequence[Sign], rival: Rival) -> Verdict:
-    question, rose = "Over-optimised?", reward.direction
+def _over_optimised(reward: Change | None, rating: Change, signs: Sequence[Sign], rival: Rival) -> Verdict:
+    question = "Over-optimised?"
     warnings = [sign for sign in signs if sign.severity == "warning"]
     if warnings:
         more = f" ({len(signs) - 1} more below.)" if len(signs) > 1 else ""
         return Verdict(question, "There are signs of it", f"{warnings[0].words.rstrip('.')}.{more}", "down")
+    if reward is None:
+        said = "It was trained on given images, without a reward that it could have found a way around."
+        return _unwarned(question, said, "even", signs)
+    rose = reward.direction
     trained = f"The reward it was trained for {_went(reward, 'reward', rival)}"
     if rose == "up" and rating.direction != "up":
         fate = f"the judge's rating {_went(rating, 'mean_rating', rival)}"
@@ -202,10 +209,14 @@ def _over_optimised(reward: Change, rating: Change, signs: Sequence[Sign], rival
     else:
         hint = ": nothing has been optimised yet, so nothing over-optimised. Longer training may help"
         said = f"{trained}{hint if rose == 'even' and rival is BASE else ''}."
-    if signs:
-        notes = f"{len(signs)} note{'s' if len(signs) > 1 else ''}"
-        return Verdict(question, f"No warning; {notes} below", f"{said} {signs[0].words}", "mixed")
-    return Verdict(question, "No sign of it", said, "up" if rose == "up" else "even")
+    return _unwarned(question, said, "up" if rose == "up" else "even", signs)
+
+
+def _unwarned(question: str, said: str, mood: Mood, notes: Sequence[Sign]) -> Verdict:
+    if notes:
+        number = f"{len(notes)} note{'s' if len(notes) > 1 else ''}"
+        return Verdict(question, f"No warning; {number} below", f"{said} {notes[0].words}", "mixed")
+    return Verdict(question, "No sign of it", said, mood)
 
 
 def _sentence(words: str) -> str:
