@@ -57,6 +57,8 @@ _ERRORS: dict[str, tuple[int, Any]] = {  # as the servers in the comments word t
     "500": (500, {"error": {"message": "The server had an error"}}),
     "503": (503, {"error": {"message": "Overloaded"}}),
     "error_200": (200, {"error": {"message": "Upstream failed", "code": 502}}),  # OpenRouter
+    "429_in_200": (200, {"error": {"message": "Upstream is busy", "metadata": {"raw": "rate-limited upstream"}}}),
+    "error_in_choice": (200, {"choices": [{"error": {"code": 502, "message": "Upstream failed"}, "message": {}}]}),
 }
 
 
