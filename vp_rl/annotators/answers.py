@@ -159,7 +159,7 @@ def _empty(value: Any, options: list[Any]) -> bool:
 
 def _ratings(listed: Any, images: int, answer: str) -> list[Rating]:
     if not isinstance(listed, list):
-        raise ValueError(f"no list of ratings in the answer {answer[:80]!r}")
+        raise ValueError(f"no list of ratings in the JSON of the answer {answer[:80]!r}")
     if len(listed) != images:
         raise ValueError(f"{len(listed)} ratings for {images} images")
     return [_rating(entry, number) for number, entry in enumerate(listed, 1)]

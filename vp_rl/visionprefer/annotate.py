@@ -118,6 +118,7 @@ def questions(opinion: Opinion, planned: Iterable[Call], read: ReadImage) -> Ite
             partial(_ask, opinion.annotator, call, read),
             partial(opinion.annotator.read, images=len(call.images)),
             partial(_estimate, opinion.annotator, call, read),
+            call.item.prompt,
         )
 
 
@@ -128,7 +129,14 @@ def notes(opinion: Opinion, planned: Sequence[Call], journal: Journal) -> Iterat
         if text is None:
             yield None
             continue
-        ratings = annotator.read(text, len(call.images))
+        try:
+            ratings = annotator.read(text, len(call.images))
+        except ValueError as error:
+            raise ValueError(
+                f"The journal {journal.file} has an accepted answer of {annotator.name} that cannot be read any more, to "
+                f"{call.aspect} of {', '.join(call.images)}: {error}. Delete that row to have it asked again (DELETE FROM "
+                f"answers WHERE hex(key) = '{key(annotator, call).hex().upper()}')."
+            ) from error
         yield [
             Note(image_id, call.aspect, rating, position)
             for position, (image_id, rating) in enumerate(zip(call.images, ratings, strict=True))

@@ -38,6 +38,7 @@ def questions(rewriter: Rewriter, items: Sequence[Item]) -> Iterator[Question]:
             partial(rewriter.ask, source),
             partial(rewriter.read, prompt=source),
             partial(rewriter.estimate, source),
+            source,
         )
 
 
@@ -50,7 +51,14 @@ def polished(rewriter: Rewriter, items: Sequence[Item], journal: Journal) -> tup
         if text is None:
             dropped.append(Dropped(item.source_prompt, "not polished", next(journal.reasons([key]))))
             continue
-        prompt = rewriter.read(text, item.source_prompt)
+        try:
+            prompt = rewriter.read(text, item.source_prompt)
+        except ValueError as error:
+            raise ValueError(
+                f"The journal {journal.file} has an accepted answer of {rewriter.name} that cannot be read any more, to "
+                f"the prompt {item.source_prompt[:200]!r}: {error}. Delete that row to have it asked again (DELETE FROM "
+                f"answers WHERE hex(key) = '{key.hex().upper()}')."
+            ) from error
         if prompt in kept:
             same = kept[prompt].source_prompt
             dropped.append(Dropped(item.source_prompt, "duplicate after polishing", same))
