@@ -172,9 +172,9 @@ def _rating(entry: Any, number: int) -> Rating:
     if isinstance(rating, str) and (digit := _DIGIT.fullmatch(rating)):
         rating = int(digit[1])
     if isinstance(rating, bool) or not isinstance(rating, int) or not 1 <= rating <= 5:
-        raise ValueError(f"the rating of image {number} is {' and '.join(repr(each)[:80] for each in several(rating))}, not a whole number from 1 to 5")
+        shown = " and ".join(repr(each)[:80] for each in several(rating))
+        raise ValueError(f"the rating of image {number} is {shown}, not a whole number from 1 to 5")
     rationale = several(entry.get("rationale", ""))[-1]
     if not isinstance(rationale, str):
         raise ValueError(f"the rationale of image {number} is no text")
     return Rating(rating, storable(rationale.strip()))
-

@@ -7,7 +7,6 @@ the server. What is left is sorted here: an `Answer`, `Unanswered`, or a ValueEr
 import asyncio
 import hashlib
 import json
-import logging
 import os
 import re
 from collections import OrderedDict

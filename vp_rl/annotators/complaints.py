@@ -20,27 +20,32 @@ _MODERATION = re.compile(
     r"moderat|flagged|content.?(management.?)?polic|content.?filter|safety (system|filter|polic)|prohibited.?content"
     r"|inappropriate|sensitive (content|information)|data.?inspection|responsible.?ai|violat\w+ .*polic"
 )
-_FIREWALL = re.compile(r"\bwaf\b|firewall|cloudflare|request (was |has been )?blocked|incident id|support id|mod_security")
+_FIREWALL = re.compile(
+    r"\bwaf\b|firewall|cloudflare|request (was |has been )?blocked|incident id|support id|mod_security"
+)
 _CONTEXT = re.compile(
     r"context.?(length|size|window)|maximum context|prompt is too long|input is too long|too many (input )?tokens"
     r"|max_model_len|longer than the maximum|(exceed|over)\w* .*tokens|token (limit|count).* exceed"
 )
 _TOO_MANY_IMAGES = re.compile(
-    r"at most \d+ image|too many images|number of images|only (one|a single|1) image|(more than|max\w*) \d+ images?\b(?! size)"
+    r"at most \d+ image|too many images|number of images|only (one|a single|1) image"
+    r"|(more than|max\w*) \d+ images?\b(?! size)"
     r"|limit.mm.per.prompt|single.image|multiple images"
 )
 _DATA_URL = re.compile(r"data.?ur[il]|absolute uri|valid ur[il]|url.*too long")
 _SIZE = re.compile(
-    r"exceed|too (large|big|small)|larger than|at least \d+|maximum (\w+ )?(size|dimension|pixels)|dimensions|entity|payload"
+    r"exceed|too (large|big|small)|larger than|at least \d+|maximum (\w+ )?(size|dimension|pixels)|dimensions|entity"
+    r"|payload"
 )
 _NO_EYES = re.compile(
-    r"(image|vision|multi-?modal|mmproj)\w*\b.*(\bnot\b|n't|un|only )\W?(be )?(support|accept|allow|enabled|available|provided)"
+    r"(image|vision|multi-?modal|mmproj)\w*\b.*(\bnot\b|n't|un|only )\W?(be )?(support|accept|allow|enabled|available)"
     r"|(not|n't|un)\W?support\w*\b.*(image|vision|multi-?modal)|support image input|mmproj|image_url is only"
     r"|unmarshal array|content must be (a )?string|(text-only|not a (vision|multi-?modal)) "
 )
 _UNREADABLE_IMAGE = re.compile(
     r"(fail\w*|could not|cannot|can't|unable) (to )?(load|decode|process|open|read|identify|parse)|corrupt"
-    r"|(invalid|unsupported|unknown|bad) (\w+ )?(image|media|mime)|(image|media).*(format|mime|type|parse)|not a valid image"
+    r"|(invalid|unsupported|unknown|bad) (\w+ )?(image|media|mime)|(image|media).*(format|mime|type|parse)"
+    r"|not a valid image"
 )
 _NO_SUCH_MODEL = re.compile(
     r"(no such|unknown|invalid|not a valid) model|(model|deployment)\b.*\b(not found|does not exist)|no endpoints found"
@@ -159,8 +164,8 @@ def _about_size(status: int, words: str, said: str, text: str, code: str) -> Ans
 
 def _without_eyes(said: str, server: Server) -> ValueError:
     return Rejected(
-        f"The model {server.model!r} takes no images ({said}): choose one with vision (chat.model), or start its server "
-        "with it (llama.cpp: --mmproj).",
+        f"The model {server.model!r} takes no images ({said}): choose one with vision (chat.model), or start its "
+        "server with it (llama.cpp: --mmproj).",
         all=True,
     )
 

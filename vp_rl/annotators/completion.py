@@ -5,7 +5,9 @@ import math
 import re
 from typing import Any, NamedTuple
 
-_FILTERED = re.compile(r"content.?filter|safety|prohibited|blocklist|block.?reason|moderation|recitation|refus|spii", re.I)
+_FILTERED = re.compile(
+    r"content.?filter|safety|prohibited|blocklist|block.?reason|moderation|recitation|refus|spii", re.I
+)
 _CUT = ("length", "max_tokens", "max_output_tokens", "model_length")
 _MOST_TOKENS = 10**9  # more is no number of tokens
 LONGEST = 1_000_000  # characters of an answer; ours have some thousand
@@ -70,7 +72,9 @@ def completion(body: Any) -> Completion:
     told = _tokens(used.get("completion_tokens", used.get("output_tokens")))
     if told == 0 and (text or thought):
         told = None
-    return Completion(text.strip()[:LONGEST], thought.strip()[:LONGEST], refusal[:LONGEST], finish in _CUT, asked or None, told)
+    return Completion(
+        text.strip()[:LONGEST], thought.strip()[:LONGEST], refusal[:LONGEST], finish in _CUT, asked or None, told
+    )
 
 
 def hidden_error(content: bytes) -> tuple[int, bytes] | None:
@@ -124,7 +128,9 @@ def _text(part: Any) -> str:
     if isinstance(part, list):
         return "".join(map(_text, part))
     if isinstance(part, dict):
-        return next((_text(part[key]) for key in ("text", "value", "content", "thinking", "refusal") if key in part), "")
+        return next(
+            (_text(part[key]) for key in ("text", "value", "content", "thinking", "refusal") if key in part), ""
+        )
     return part if isinstance(part, str) else ""
 
 

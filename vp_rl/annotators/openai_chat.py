@@ -40,8 +40,8 @@ class OpenAIChatAnnotator(Annotator):
         chat: the model and its server.
         structured: `json_schema`, `json_object` or `none`: how answers are held to their form.
         detail: `high`, `low` or `auto`, for servers that look at images at several sizes.
-        longest_side: an image whose longer side has more pixels is made smaller before it is sent; None: never. OpenAI's
-            models look at no more than 2048.
+        longest_side: an image whose longer side has more pixels is made smaller before it is sent; None: never.
+            OpenAI's models look at no more than 2048.
         max_image_bytes: and one whose file has more; None: never. Servers take some 5 MB as base64, which is 3.75 MB.
         image_address: None: images are sent along. Else where the server finds them, with `{sha256}` (of the file) and
             `{extension}` (png, jpeg, webp) to be filled in, such as `https://example.org/{sha256}.{extension}`.
@@ -71,7 +71,9 @@ class OpenAIChatAnnotator(Annotator):
         if detail not in ("high", "low", "auto"):
             raise ValueError(f"detail={detail!r} must be high, low or auto.")
         if longest_side is not None and longest_side < 64:
-            raise ValueError(f"longest_side={longest_side} leaves nothing to be seen: 64 or more, or null for no limit.")
+            raise ValueError(
+                f"longest_side={longest_side} leaves nothing to be seen: 64 or more, or null for no limit."
+            )
         if max_image_bytes is not None and max_image_bytes < 10_000:
             raise ValueError(f"max_image_bytes={max_image_bytes} holds no image: 10000 or more, or null for no limit.")
         if image_address is not None and "{sha256}" not in image_address:

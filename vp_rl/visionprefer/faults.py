@@ -106,7 +106,9 @@ class Faults:
             return
         self._unreadable.add(key, prompt)
         if self._unreadable.reaches(_KNOWN if self._ever else _NEW):
-            way_out = hint or "see the answers in the journal (its table `answers`), and try another model or structured=none"
+            way_out = (
+                hint or "see the answers in the journal (its table `answers`), and try another model or structured=none"
+            )
             raise Systematic(
                 f"{len(self._unreadable)} answers of {self._name} in a row cannot be read, and no more are paid "
                 f"for. The last: {reason}. What to do: {way_out}. Then start again: what could be read is kept."

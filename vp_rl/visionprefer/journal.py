@@ -174,6 +174,13 @@ class Journal:
             row = self._database.execute(query, (key,)).fetchone()
             yield None if row is None else row[0]
 
+    def unreadable_now(self, key: bytes, subject: str, respondent: str, why: ValueError) -> ValueError:
+        """What to say of an accepted answer that nobody can read any more: which row it is, and what to do with it."""
+        return ValueError(
+            f"{self.file} has an accepted answer of {respondent} that cannot be read any more, to {subject!r}: {why}. "
+            f"To have it asked again, delete it: DELETE FROM answers WHERE hex(key) = '{key.hex().upper()}'"
+        )
+
     def reasons(self, keys: Iterable[bytes]) -> Iterator[str]:
         """Why each question has no accepted answer: what was said of the last call."""
         query = "SELECT outcome, reason FROM answers WHERE key = ? ORDER BY id DESC LIMIT 1"

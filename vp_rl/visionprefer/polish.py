@@ -54,11 +54,7 @@ def polished(rewriter: Rewriter, items: Sequence[Item], journal: Journal) -> tup
         try:
             prompt = rewriter.read(text, item.source_prompt)
         except ValueError as error:
-            raise ValueError(
-                f"The journal {journal.file} has an accepted answer of {rewriter.name} that cannot be read any more, to "
-                f"the prompt {item.source_prompt[:200]!r}: {error}. Delete that row to have it asked again (DELETE FROM "
-                f"answers WHERE hex(key) = '{key.hex().upper()}')."
-            ) from error
+            raise journal.unreadable_now(key, item.source_prompt, rewriter.name, error) from error
         if prompt in kept:
             same = kept[prompt].source_prompt
             dropped.append(Dropped(item.source_prompt, "duplicate after polishing", same))
