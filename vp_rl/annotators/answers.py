@@ -15,6 +15,8 @@ T = TypeVar("T")
 _THOUGHT = re.compile(r"</(?:think|thinking|thought|reasoning)>", re.IGNORECASE)
 _OPENING, _BRACKET = re.compile(r"[{\[]"), re.compile(r"[][{}]")
 _DIGIT = re.compile(r"\s*([1-5])(?:\.0+)?\s*", re.ASCII)
+_UNCLEAR = re.compile(r"rating[\"']?\s*:\s*[\"']?\s*(?:[^\s\"'\d]|[\d.]+\s*[\"']?\s*[^\s\"'\d.,}\]/])")
+"""More than a number where one should be, such as 3 or 4: who mends JSON takes the first."""
 _CLOSES = {"}": "{", "]": "["}
 _PIECES, _LONGEST = 20, 20_000  # pieces that are mended, and characters of one: the time grows with their square
 
@@ -94,7 +96,7 @@ def _after_thought(answer: str) -> str:
 def _values_in(text: str) -> tuple[list[Any], list[str]]:
     """The JSON objects and lists in a text, and the pieces between matching brackets that are none."""
     decoder = json.JSONDecoder(strict=False, object_pairs_hook=_object)
-    closing = _matching(text)
+    closing: dict[int, int] | None = None
     found: list[Any] = []
     pieces: list[str] = []
     place = 0
@@ -106,6 +108,7 @@ def _values_in(text: str) -> tuple[list[Any], list[str]]:
         except RecursionError:
             return found, pieces
         except ValueError:  # a number of thousands of digits is one, too
+            closing = _matching(text) if closing is None else closing
             place = closing.get(start, start) + 1
             if start in closing:
                 pieces.append(text[start:place])
@@ -124,7 +127,8 @@ def _matching(text: str) -> dict[int, int]:
 
 
 def _mended(pieces: list[str]) -> Iterator[Any]:
-    for piece in [each for each in pieces if len(each) <= _LONGEST][:_PIECES]:
+    clear = [piece for piece in pieces if len(piece) <= _LONGEST and not _UNCLEAR.search(piece)]
+    for piece in clear[:_PIECES]:
         try:
             value = json_repair.repair_json(piece, return_objects=True, skip_json_loads=True, strict=True)
         except (ValueError, RecursionError):  # a key twice, or more than one value
