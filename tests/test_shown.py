@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from chat_server import ChatServer
 from chatting import chat, picture, prepare
-from PIL import Image
+from PIL import Image, ImageChops
 
 from vp_rl.annotators.openai_chat import OpenAIChatAnnotator
 from vp_rl.annotators.shown import shown, shown_size
@@ -22,11 +22,10 @@ def _environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def photo(width: int, height: int, kind: str = "jpeg", noise: int = 40) -> bytes:
     """Smooth, with noise that no format compresses away."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[0:height, 0:width]
-    pixels = np.stack([255 * x / width, 255 * y / height, 128 + 0 * x], 2) + rng.integers(-noise, noise + 1, (height, width, 3))
+    ramp = Image.linear_gradient("L").resize((width, height))
+    noisy = [ImageChops.add(ramp, Image.effect_noise((width, height), noise), 2) for _ in range(3)]
     buffer = io.BytesIO()
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, kind)
+    Image.merge("RGB", noisy).save(buffer, kind)
     return buffer.getvalue()
 
 
