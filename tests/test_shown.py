@@ -54,14 +54,14 @@ def test_what_is_sent_keeps_both_limits_and_looks_the_same(kind: str, side: int 
 
 
 def test_a_phones_photo_stays_a_jpeg_and_is_no_larger_than_it_was() -> None:
-    image = photo(4000, 3000, noise=10)
-    sent = shown(image, 2048, 3_500_000)
+    image = photo(1000, 750, noise=10)  # a quarter of one, with a quarter of the limits
+    sent = shown(image, 512, 220_000)
     assert opened(sent).format == "JPEG"
-    assert opened(sent).size == shown_size(image, 2048) == (2048, 1536)
+    assert opened(sent).size == shown_size(image, 512) == (512, 384)
     assert len(sent) <= len(image)
-    as_png = photo(2000, 1500, "png", noise=10)  # what a conversion makes of one
-    assert len(as_png) > 3_500_000 > len(shown(as_png, 2048, 3_500_000))
-    assert opened(shown(as_png, 2048, 3_500_000)).size == (2000, 1500)
+    as_png = photo(500, 375, "png", noise=10)  # what a conversion makes of one
+    assert len(as_png) > 220_000 > len(shown(as_png, 512, 220_000))
+    assert opened(shown(as_png, 512, 220_000)).size == (500, 375)
 
 
 def test_the_annotator_sends_what_is_within_its_limits_and_estimates_that(tmp_path: Path) -> None:
