@@ -80,7 +80,18 @@ def bad(rng: random.Random, images: int) -> Any:
     """One that cannot."""
     text = json.dumps({"ratings": [{"rationale": "Fine.", "rating": 3}] * images})
     return rng.choice(
-        ["", None, "I cannot.", "\ud83d\0", "[" * 3000, text[:20], text.replace("3", "3.5"), text.replace("3", '"3/5"'), {}, 7]
+        [
+            "",
+            None,
+            "I cannot.",
+            "\ud83d\0",
+            "[" * 3000,
+            text[:20],
+            text.replace("3", "3.5"),
+            text.replace("3", '"3/5"'),
+            {},
+            7,
+        ]
     )
 
 
@@ -97,14 +108,19 @@ def drawn(rng: random.Random, images: int) -> tuple[int, dict[str, str], Any, bo
         choice = {"message": message, "finish_reason": rng.choice(["stop", "length", "content_filter", 3])}
         return 200, {}, {"choices": [rng.choice([choice, {}, {"finish_reason": "SAFETY"}])], **usage}, False
     if kind < 0.4:
-        return 200, {}, rng.choice([[1, 2], "text", None, {}, {"choices": None}, {"choices": [3]}, b"{", b"\xff\xfe"]), False
+        return (
+            200,
+            {},
+            rng.choice([[1, 2], "text", None, {}, {"choices": None}, {"choices": [3]}, b"{", b"\xff\xfe"]),
+            False,
+        )
     if kind < 0.45:
         return 0, {}, None, False
     error = {"error": {"message": rng.choice(MESSAGES), "code": rng.choice(CODES)}}
     body = rng.choice([error, [error], error["error"], "<html>oops</html>", b"", {"detail": [error]}])
     if kind < 0.5:
         return 200, {}, error, False
-    status = rng.choice(FATAL if kind > 0.98 else STATUSES)
+    status = rng.choice(FATAL if kind > 0.995 else STATUSES)
     return status, rng.choice(HEADERS), body, False
 
 

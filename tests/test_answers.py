@@ -115,7 +115,13 @@ def test_whatever_is_damaged_in_an_answer_no_rating_is_made_up() -> None:
 
 @pytest.mark.parametrize(
     "answer",
-    ["[" * 50_000, '{"a":' * 50_000, "{" * 50_000 + "}" * 50_000, "<think>" * 20_000, GOOD.replace("fine", '"so" ' * 5000)],
+    [
+        "[" * 50_000,
+        '{"a":' * 50_000,
+        "{" * 50_000 + "}" * 50_000,
+        "<think>" * 20_000,
+        GOOD.replace("fine", '"so" ' * 5000),
+    ],
     ids=["lists", "objects", "pairs", "thoughts", "quotes"],
 )
 def test_an_answer_without_end_is_given_up_soon(answer: str) -> None:

@@ -1,9 +1,9 @@
 """The journal, and the interviews that are written into it: nothing paid is asked twice, and nothing is lost."""
 
 import asyncio
+import math
 import os
 import random
-import math
 import shutil
 import signal
 import sqlite3

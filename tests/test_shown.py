@@ -49,7 +49,9 @@ def test_what_is_sent_keeps_both_limits_and_looks_the_same(kind: str, side: int 
     assert max(found.size) <= (side or 600)
     assert len(sent) <= (most or len(image))
     assert found.width / found.height == pytest.approx(1.5, abs=0.03)
-    small = [np.asarray(opened(each).convert("RGB").resize((12, 8), Image.Resampling.BOX), float) for each in (sent, image)]
+    small = [
+        np.asarray(opened(each).convert("RGB").resize((12, 8), Image.Resampling.BOX), float) for each in (sent, image)
+    ]
     assert np.abs(small[0] - small[1]).mean() < 6
 
 
@@ -69,8 +71,12 @@ def test_the_annotator_sends_what_is_within_its_limits_and_estimates_that(tmp_pa
     with ChatServer(tmp_path / "log.jsonl") as server:
         annotator = OpenAIChatAnnotator(chat(server.url), longest_side=128, max_image_bytes=10_000)
         asyncio.run(annotator.ask("a cat", images, "fidelity"))
-        asyncio.run(OpenAIChatAnnotator(chat(server.url), image_address="https://a.b/{sha256}").ask("a", images, "fidelity"))
-    small, addresses = ([p for p in r["body"]["messages"][1]["content"] if p["type"] == "image_url"] for r in server.requests)
+        asyncio.run(
+            OpenAIChatAnnotator(chat(server.url), image_address="https://a.b/{sha256}").ask("a", images, "fidelity")
+        )
+    small, addresses = (
+        [p for p in r["body"]["messages"][1]["content"] if p["type"] == "image_url"] for r in server.requests
+    )
     first, second = (base64.b64decode(part["image_url"]["url"].partition(",")[2]) for part in small)
     assert (opened(first).format, opened(first).size, second) == ("JPEG", (128, 86), images[1])
     assert all(part["image_url"]["url"].startswith("https://a.b/") for part in addresses)
