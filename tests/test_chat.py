@@ -144,6 +144,33 @@ def test_a_hostile_server_changes_no_rating_and_loses_no_question(log: Path) -> 
     assert Counter(ended.values()).keys() == {"rated", "refused", "unreadable"}
 
 
+def test_told_to_stop_it_tries_nothing_again_and_finishes_what_is_under_way(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 60.0)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 60.0)  # seconds until the first question's next attempt
+
+    async def both() -> None:
+        first = asyncio.create_task(annotator.ask("a cat", IMAGES, "aesthetic"))
+        while server.outcomes() != ["500"]:
+            await asyncio.sleep(0.01)
+        second = asyncio.create_task(annotator.ask("a dog", IMAGES, "aesthetic"))
+        while not server.in_flight:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        annotator.stop_retrying()
+        with pytest.raises(Unanswered, match="stopped before another attempt"):
+            await asyncio.wait_for(first, 10)
+        assert annotator.read((await second).text, 4)
+        with pytest.raises(Unanswered, match="stopped"):
+            await annotator.ask("a fox", IMAGES, "aesthetic")
+
+    with ChatServer(log, script=["500", "ok"], latency=1.0) as server:
+        annotator = OpenAIChatAnnotator(chat(server.url))
+        asyncio.run(both())
+    assert len(server.requests) == 2
+
+
 # --- failures that do not pass
 
 
