@@ -19,11 +19,15 @@ from pathlib import Path
 import pytest
 
 from vp_rl.interfaces import Annotator, Rejected, Unanswered
-from vp_rl.types import Answer, Aspect, Rating, Usage
+from vp_rl.types import Answer, Aspect, GivenImage, Rating, Usage
+from vp_rl.visionprefer import annotate
 from vp_rl.visionprefer import journal as journal_module
+from vp_rl.visionprefer.annotate import Call, Opinion
 from vp_rl.visionprefer.ask import BudgetReached, Interview, Question
 from vp_rl.visionprefer.faults import Systematic
+from vp_rl.visionprefer.given import given_images
 from vp_rl.visionprefer.journal import Entry, Journal, key_of
+from vp_rl.visionprefer.polish import Item
 
 ROOT = Path(__file__).parents[1]
 
@@ -451,3 +455,22 @@ def test_a_budget_holds_where_answers_cost_more_than_was_thought(journal: Journa
         interview(journal, who, 500, budget_usd=0.5)
     assert journal.usd() <= 0.5 + 4 * 0.01
     assert journal.usd() >= 0.4
+
+
+# --- what later stages make of it
+
+
+def test_an_accepted_answer_that_cannot_be_read_any_more_is_named_with_its_row(journal: Journal) -> None:
+    who = Who()
+    call = Call(Item(1, "a cat", "a cat", "train"), "fidelity", ("1-aa", "1-bb"))
+    key = annotate.key(who, call)
+    asyncio.run(journal.write(entry(0, text="by hand")._replace(key=key)))
+    with pytest.raises(ValueError, match=f"fidelity of 1-aa, 1-bb.*cannot read by hand.*{key.hex().upper()}"):
+        list(annotate.notes(Opinion(who, "who", 1.0), [call], journal))
+
+
+def test_a_generators_name_can_be_written_into_a_table(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"picture")
+    image = GivenImage(tmp_path / "a.png", "my \ud83d model")
+    (found,) = given_images(Item(1, "a cat", "a cat", "train"), [image]).values()
+    assert found.generator == "my \ufffd model"
