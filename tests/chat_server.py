@@ -57,6 +57,8 @@ _ERRORS: dict[str, tuple[int, Any]] = {  # as the servers in the comments word t
     "500": (500, {"error": {"message": "The server had an error"}}),
     "503": (503, {"error": {"message": "Overloaded"}}),
     "error_200": (200, {"error": {"message": "Upstream failed", "code": 502}}),  # OpenRouter
+    "429_in_200": (200, {"error": {"message": "Upstream is busy", "metadata": {"raw": "rate-limited upstream"}}}),
+    "error_in_choice": (200, {"choices": [{"error": {"code": 502, "message": "Upstream failed"}, "message": {}}]}),
 }
 
 
@@ -84,6 +86,7 @@ class ChatServer:
         hang: seconds until a hanging request is dropped.
         at_most: requests; all later ones get 503, so that a client gone wild ends.
         concurrent: how many it works on at once; others get 429.
+        usage: what it says of tokens, if not the truth.
     """
 
     def __init__(
@@ -99,10 +102,11 @@ class ChatServer:
         at_most: int = 1_000_000,
         concurrent: int = 1_000_000,
         port: int = 0,
+        **usage: Any,
     ) -> None:
         self.faults, self.script, self.seed = dict(faults or {}), list(script), seed
         self.latency, self.retry_after, self.hang = latency, retry_after, hang
-        self.at_most, self.concurrent = at_most, concurrent
+        self.at_most, self.concurrent, self.usage = at_most, concurrent, usage
         self.requests: list[dict[str, Any]] = []
         """What was logged, and under `body` and `headers` what was sent; only while there are fewer than 1000."""
         self.number = self.in_flight = 0
@@ -227,7 +231,7 @@ class ChatServer:
             return web.Response(text="<html>Welcome</html>", content_type="text/html")
         if outcome == "redirect":
             return web.Response(status=302, headers={"Location": "http://127.0.0.1:9/elsewhere"})
-        return web.json_response(_completion(outcome, question, rng))
+        return web.json_response({**_completion(outcome, question, rng), **self.usage})
 
     async def _trickle(self, request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "application/json"})
@@ -272,14 +276,13 @@ def _completion(outcome: str, question: dict[str, Any], rng: random.Random) -> d
     if outcome == "half_pair":
         message["content"] += "\ud83d"
     used = {"prompt_tokens": 1000 + 100 * len(question["images"]), "completion_tokens": 50}
-    usage = {"no_usage": {}, "null_usage": {"usage": dict.fromkeys(used)}}.get(outcome, {"usage": used})
     return {
         "id": "chatcmpl-0",
         "object": "chat.completion",
         "created": int(time.time()),
         "model": "test",
         "choices": [{"index": 0, "message": message, "finish_reason": finish}],
-        **usage,
+        "usage": used,
     }
 
 

@@ -1,6 +1,7 @@
 """The journal, and the interviews that are written into it: nothing paid is asked twice, and nothing is lost."""
 
 import asyncio
+import math
 import os
 import random
 import shutil
@@ -8,6 +9,8 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,11 +18,16 @@ from pathlib import Path
 
 import pytest
 
-from vp_rl.interfaces import Annotator, Unanswered
-from vp_rl.types import Answer, Aspect, Rating, Usage
+from vp_rl.interfaces import Annotator, Rejected, Unanswered
+from vp_rl.types import Answer, Aspect, GivenImage, Rating, Usage
+from vp_rl.visionprefer import annotate
 from vp_rl.visionprefer import journal as journal_module
+from vp_rl.visionprefer.annotate import Call, Opinion
 from vp_rl.visionprefer.ask import BudgetReached, Interview, Question
+from vp_rl.visionprefer.faults import Systematic
+from vp_rl.visionprefer.given import given_images
 from vp_rl.visionprefer.journal import Entry, Journal, key_of
+from vp_rl.visionprefer.polish import Item
 
 ROOT = Path(__file__).parents[1]
 
@@ -118,6 +126,77 @@ def test_a_commit_that_fails_is_told_by_the_files_name(journal: Journal, monkeyp
         asyncio.run(journal.write(entry(0)))
 
 
+@pytest.mark.parametrize("error", [UnicodeEncodeError("utf-8", "x", 0, 1, "surrogates"), OverflowError("too large")])
+def test_whatever_fails_in_a_commit_reaches_all_who_wait_and_the_user(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fail(entries: list[Entry]) -> None:
+        raise error
+
+    monkeypatch.setattr(journal, "_commit", fail)
+
+    async def several() -> list[object]:
+        return await asyncio.gather(*(journal.write(entry(number)) for number in range(5)), return_exceptions=True)
+
+    found = asyncio.run(asyncio.wait_for(several(), 10))
+    assert all(isinstance(each, OSError) and "journal.sqlite cannot be written" in str(each) for each in found)
+    with pytest.raises(OSError, match="cannot be written"):
+        interview(journal, Who(), 50)
+
+
+def test_an_entry_that_cannot_be_written_takes_no_other_with_it(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = journal._commit
+
+    def one_fails(entries: list[Entry]) -> None:
+        if any(each.key == key_of(3) for each in entries):
+            raise UnicodeEncodeError("utf-8", "x", 0, 1, "surrogates")
+        commit(entries)
+
+    monkeypatch.setattr(journal, "_commit", one_fails)
+
+    async def several() -> list[object]:
+        return await asyncio.gather(*(journal.write(entry(number)) for number in range(6)), return_exceptions=True)
+
+    found = asyncio.run(asyncio.wait_for(several(), 10))
+    assert [each is None for each in found] == [number != 3 for number in range(6)]
+    assert journal.accepted() == {key_of(number) for number in (0, 1, 2, 4, 5)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"text": "half \ud83d", "reason": "\udc00", "subject": "nul \0", "respondent": "\ud83d"},
+        {"usage": Usage(10**20, 10**30, 1e300)},
+        {"usage": Usage(-5, 3, math.nan), "seconds": math.inf},
+    ],
+    ids=["texts", "huge", "no numbers"],
+)
+def test_whatever_stands_in_an_entry_is_made_storable(journal: Journal, changes: dict) -> None:
+    asyncio.run(asyncio.wait_for(write_all(journal, [entry(0), entry(1)._replace(**changes), entry(2)]), 10))
+    assert journal.accepted() == {key_of(number) for number in range(3)}
+    (text,) = journal.texts([key_of(1)])
+    assert text == text.encode().decode().replace("\0", "?")
+    assert math.isfinite(journal.usd())
+    assert sum(spent.calls for spent in journal.spent()) == 3
+
+
+def test_another_program_that_holds_the_journal_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(journal_module, "_PATIENCE", 0.05)  # seconds; SQLite gives up then, and we go on
+    with Journal(tmp_path / "journal.sqlite") as opened:
+        other = sqlite3.connect(tmp_path / "journal.sqlite", check_same_thread=False)
+        other.execute("BEGIN IMMEDIATE")
+        threading.Timer(0.7, other.rollback).start()
+        started = time.monotonic()
+        assert interview(opened, Who(), 30) == {"accepted": 30}
+        assert time.monotonic() - started > 0.6
+        other.close()
+    assert "is locked: waiting for the program" in caplog.text
+
+
 def test_a_file_that_is_no_journal_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no database " * 100)
     with pytest.raises(OSError, match=r"notes\.txt' is not a journal"):
@@ -150,7 +229,11 @@ class Who(Annotator):
             raise ValueError("the key is refused")
         if what == "silence":
             raise Unanswered("503")
-        return Answer(what, Usage(10, 1, self.usd), refused=what == "no")
+        if what in ("rejected", "no such field"):
+            raise Rejected(f"400, {what}: change it", all=what == "no such field")
+        if what == "too large":
+            return Answer(what, refused=True, hint="make it smaller")
+        return Answer(what, Usage(10, 1, self.usd), refused=what == "no", hint="raise the limit" * (what == "cut"))
 
     def read(self, answer: str, images: int) -> list[Rating]:
         if answer != "yes":
@@ -161,10 +244,11 @@ class Who(Annotator):
         return Usage(10, 1, self.usd)
 
 
-def question(who: Who, number: int, read: Callable[[str], object] | None = None) -> Question:
+def question(who: Who, number: int, read: Callable[[str], object] | None = None, prompts: int = 10**6) -> Question:
     asked = (str(number), [], "fidelity")
     reader = read or partial(who.read, images=0)
-    return Question(key_of(number), str(number), partial(who.ask, *asked), reader, partial(who.estimate, *asked))
+    ask, estimate = partial(who.ask, *asked), partial(who.estimate, *asked)
+    return Question(key_of(number), str(number), ask, reader, estimate, f"prompt {number % prompts}")
 
 
 def interview(journal: Journal, who: Who, number: int = 50, **settings: object) -> Counter[str]:
@@ -193,7 +277,7 @@ def test_a_refusal_is_final_and_costs_one_call(journal: Journal) -> None:
     for _ in range(2):
         assert interview(journal, who, 10)["refused"] == 5
     assert set(who.asked.values()) == {1}
-    assert list(journal.reasons([key_of(1)])) == ["refused: no"]
+    assert list(journal.reasons([key_of(1)])) == ["refused: no (prompt: 'prompt 1')"]
 
 
 def test_what_no_answer_came_to_is_asked_in_the_next_run(journal: Journal) -> None:
@@ -263,3 +347,130 @@ def test_an_estimate_counts_what_is_left_and_asks_nothing(journal: Journal) -> N
     calls, usage = Interview(journal).estimate(question(who, number) for number in range(10))
     assert (calls, usage) == (7, Usage(70, 7, 3.5))
     assert who.asked.total() == 3
+
+
+# --- one question's fault, and that of all
+
+
+@pytest.mark.parametrize("what", ["rejected", "too large", "no such field"])
+@pytest.mark.parametrize("where", [0, 7, 29])
+@pytest.mark.parametrize("concurrency", [1, 8])
+def test_a_question_that_is_not_taken_while_others_are_is_refused_and_the_rest_goes_on(
+    journal: Journal, what: str, where: int, concurrency: int
+) -> None:
+    if what == "no such field" and where == 0:
+        pytest.skip("the first of all questions has nothing to be compared with")
+    who = Who(lambda number, times: what if number == where else "yes", concurrency)
+    assert interview(journal, who, 30) == {"accepted": 29, "refused": 1}
+    (reason,) = journal.reasons([key_of(where)])
+    assert what in reason
+    assert f"prompt {where}" in reason
+    assert interview(journal, who, 30) == {"answered before": 29, "refused": 1}
+    assert set(who.asked.values()) == {1}
+
+
+def test_questions_of_one_prompt_that_are_all_refused_do_not_end_the_build(journal: Journal) -> None:
+    who = Who(lambda number, times: "too large" if number % 10 == 3 else "???" if number % 10 == 4 else "yes")
+    asked = sorted(range(200), key=lambda number: number % 10)
+    order = (question(who, number, prompts=10) for number in asked)
+    found = Interview(journal).ask("stage", who, order, 200)
+    assert found == {"accepted": 160, "refused": 20, "unreadable": 20}
+
+
+@pytest.mark.parametrize(
+    ("what", "most", "said", "outcome"),
+    [
+        ("rejected", 16, "took none of .* questions in a row.*400, rejected: change it", "unanswered"),
+        ("too large", 16, "took none of .* questions in a row.*make it smaller", "unanswered"),
+        ("no such field", 8, "400, no such field: change it", "unanswered"),
+        ("cut", 16, "cannot be read, and no more are paid for.*raise the limit", "unreadable"),
+        ("???", 16, "cannot be read, and no more are paid for", "unreadable"),
+    ],
+)
+def test_what_all_questions_meet_ends_the_build_after_a_few_with_its_reason(
+    journal: Journal, what: str, most: int, said: str, outcome: str
+) -> None:
+    who = Who(lambda number, times: what)
+    with pytest.raises(Systematic, match=said):
+        interview(journal, who, 500)
+    assert who.asked.total() <= most  # 8 are enough to see it, and as many were in flight
+    assert set(who.asked.values()) == {1}
+    assert all(reason.startswith(outcome) for reason in journal.reasons(map(key_of, who.asked)))
+    who.script = lambda number, times: "yes"  # put right: all that was asked is asked again
+    assert interview(journal, who, 500) == {"accepted": 500}
+
+
+def test_a_server_that_ceases_to_take_questions_is_not_asked_them_all(journal: Journal) -> None:
+    who = Who(lambda number, times: "yes" if number < 100 else "rejected")
+    with pytest.raises(Systematic, match="took none of"):
+        interview(journal, who, 500)
+    assert who.asked.total() <= 100 + 20 + 8
+    assert len(journal.accepted()) == 100
+
+
+def test_a_build_too_small_to_tell_says_why_nothing_was_taken(journal: Journal) -> None:
+    with pytest.raises(Systematic, match="make it smaller"):
+        interview(journal, Who(lambda number, times: "too large"), 3)
+
+
+def test_a_reader_that_fails_in_its_own_way_loses_no_answer(journal: Journal) -> None:
+    who = Who()
+
+    def deep(text: str) -> object:
+        raise RecursionError("maximum recursion depth exceeded")
+
+    assert Interview(journal, attempts=1).ask("stage", who, [question(who, 0, deep)], 1) == {"unreadable": 1}
+    assert interview(journal, who, 1) == {"read anew": 1}
+
+
+def test_one_signal_ends_what_would_be_tried_again_and_keeps_what_is_under_way(journal: Journal) -> None:
+    class Patient(Who):
+        """Half of its questions wait for another attempt until they are told that there will be none."""
+
+        async def ask(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Answer:
+            if int(prompt) % 2:
+                self.stopped = getattr(self, "stopped", None) or asyncio.Event()
+                await self.stopped.wait()
+                raise Unanswered("stopped before another attempt")
+            if int(prompt) == 6:
+                os.kill(os.getpid(), signal.SIGINT)
+            return await super().ask(prompt, images, aspect)
+
+        def stop_retrying(self) -> None:
+            self.stopped.set()
+
+    who = Patient()
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        interview(journal, who, 500)
+    assert time.monotonic() - started < 10
+    assert len(journal.accepted()) == who.asked.total() >= 4
+
+
+def test_a_budget_holds_where_answers_cost_more_than_was_thought(journal: Journal) -> None:
+    who = Who(concurrency=4)
+    who.usd = 0.01
+    who.estimate = lambda *asked: Usage(1, 1, 0.001)  # a tenth of the truth
+    with pytest.raises(BudgetReached):
+        interview(journal, who, 500, budget_usd=0.5)
+    assert journal.usd() <= 0.5 + 4 * 0.01
+    assert journal.usd() >= 0.4
+
+
+# --- what later stages make of it
+
+
+def test_an_accepted_answer_that_cannot_be_read_any_more_is_named_with_its_row(journal: Journal) -> None:
+    who = Who()
+    call = Call(Item(1, "a cat", "a cat", "train"), "fidelity", ("1-aa", "1-bb"))
+    key = annotate.key(who, call)
+    asyncio.run(journal.write(entry(0, text="by hand")._replace(key=key)))
+    with pytest.raises(ValueError, match=f"fidelity of 1-aa, 1-bb.*cannot read by hand.*{key.hex().upper()}"):
+        list(annotate.notes(Opinion(who, "who", 1.0), [call], journal))
+
+
+def test_a_generators_name_can_be_written_into_a_table(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(b"picture")
+    image = GivenImage(tmp_path / "a.png", "my \ud83d model")
+    (found,) = given_images(Item(1, "a cat", "a cat", "train"), [image]).values()
+    assert found.generator == "my \ufffd model"

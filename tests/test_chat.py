@@ -58,12 +58,14 @@ def test_what_does_not_pass_in_time_is_left_for_later(log: Path, outcome: str) -
     assert server.outcomes() == [outcome] * 3
 
 
-def test_an_error_that_calls_itself_a_success_is_left_for_later(log: Path) -> None:
-    with (
-        ChatServer(log, script=["error_200"]) as server,
-        pytest.raises(Unanswered, match="no chat completion.*Upstream"),
-    ):
+@pytest.mark.parametrize("outcome", ["error_200", "429_in_200", "error_in_choice"])
+def test_an_error_that_calls_itself_a_success_is_one_that_passes(log: Path, outcome: str) -> None:
+    with ChatServer(log, script=[outcome, outcome, "ok"]) as server:
+        assert ask(chat(server.url)).text
+    assert server.outcomes() == [outcome, outcome, "ok"]
+    with ChatServer(log, script=[outcome] * 9) as server, pytest.raises(Unanswered, match="Upstream"):
         ask(chat(server.url))
+    assert len(server.requests) == 3
 
 
 def test_no_request_starts_while_a_retry_after_runs(log: Path) -> None:
@@ -140,6 +142,33 @@ def test_a_hostile_server_changes_no_rating_and_loses_no_question(log: Path) -> 
     means = {"ok": "rated", "refusal": "refused"} | dict.fromkeys(UNREADABLE, "unreadable")
     assert ended == {prompt: means[outcome] for prompt, outcome in last.items()}
     assert Counter(ended.values()).keys() == {"rated", "refused", "unreadable"}
+
+
+def test_told_to_stop_it_tries_nothing_again_and_finishes_what_is_under_way(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 60.0)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 60.0)  # seconds until the first question's next attempt
+
+    async def both() -> None:
+        first = asyncio.create_task(annotator.ask("a cat", IMAGES, "aesthetic"))
+        while server.outcomes() != ["500"]:
+            await asyncio.sleep(0.01)
+        second = asyncio.create_task(annotator.ask("a dog", IMAGES, "aesthetic"))
+        while not server.in_flight:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)
+        annotator.stop_retrying()
+        with pytest.raises(Unanswered, match="stopped before another attempt"):
+            await asyncio.wait_for(first, 10)
+        assert annotator.read((await second).text, 4)
+        with pytest.raises(Unanswered, match="stopped"):
+            await annotator.ask("a fox", IMAGES, "aesthetic")
+
+    with ChatServer(log, script=["500", "ok"], latency=1.0) as server:
+        annotator = OpenAIChatAnnotator(chat(server.url))
+        asyncio.run(both())
+    assert len(server.requests) == 2
 
 
 # --- failures that do not pass

@@ -15,9 +15,9 @@ from chat_server import ChatServer, rating_of
 from chatting import IMAGES, KEY_NAME, ask, chat, picture, prepare
 from PIL import Image
 
-from vp_rl.annotators.answers import storable
 from vp_rl.annotators.openai_chat import OpenAIChatAnnotator, image_tokens
 from vp_rl.annotators.wording import count_tokens, quote
+from vp_rl.text import storable
 from vp_rl.types import ASPECTS, Aspect, Usage
 
 
@@ -225,10 +225,52 @@ def test_tokens_are_counted_and_priced(log: Path) -> None:
     assert priced == Usage(1400, 50, pytest.approx(1400 * 2e-6 + 50 * 8e-6))
 
 
-@pytest.mark.parametrize("outcome", ["no_usage", "null_usage"])
-def test_an_answer_without_usage_is_an_answer(log: Path, outcome: str) -> None:
-    with ChatServer(log, script=[outcome]) as server:
-        assert ask(chat(server.url)).usage == Usage()
+USAGES: list[Any] = [
+    None,
+    {},
+    [],
+    "N/A",
+    {"prompt_tokens": None, "completion_tokens": None},
+    {"prompt_tokens": "N/A"},
+    {"prompt_tokens": -1, "completion_tokens": -1},
+    {"prompt_tokens": 10**20, "completion_tokens": 10**20},
+    {"prompt_tokens": math.nan, "completion_tokens": math.inf},
+    {"prompt_tokens": 0, "completion_tokens": 0},
+    {"prompt_tokens": True, "completion_tokens": {}},
+]
+
+
+@pytest.mark.parametrize("usage", USAGES, ids=str)
+def test_tokens_that_a_server_does_not_tell_are_estimated_and_the_answer_is_kept(log: Path, usage: Any) -> None:
+    with ChatServer(log, usage=usage) as server:
+        annotator = OpenAIChatAnnotator(chat(server.url, usd_per_million_input=1.0, usd_per_million_output=4.0))
+        answer = asyncio.run(annotator.ask("a cat", IMAGES, "aesthetic"))
+    assert len(annotator.read(answer.text, 4)) == 4
+    used = answer.usage
+    assert used.input_tokens == annotator.estimate("a cat", IMAGES, "aesthetic").input_tokens
+    assert used.output_tokens == count_tokens(answer.text)
+    assert used.usd == pytest.approx(used.input_tokens * 1e-6 + used.output_tokens * 4e-6)
+
+
+@pytest.mark.parametrize(
+    ("usage", "tokens"),
+    [
+        ({"prompt_tokens": 12.5, "completion_tokens": 3.0}, (13, 3)),
+        ({"prompt_tokens": "120", "completion_tokens": "7"}, (120, 7)),
+        ({"input_tokens": 11, "output_tokens": 5}, (11, 5)),
+    ],
+)
+def test_tokens_are_read_however_they_are_written(log: Path, usage: Any, tokens: tuple[int, int]) -> None:
+    with ChatServer(log, usage=usage) as server:
+        assert ask(chat(server.url)).usage[:2] == tokens
+
+
+def test_an_answer_that_was_cut_off_without_usage_cost_all_that_was_allowed(log: Path) -> None:
+    with ChatServer(log, script=["truncated"], usage=None) as server:
+        answer = ask(chat(server.url, max_output_tokens=77))
+    assert answer.usage.output_tokens == 77
+    assert "max_output_tokens=77" in answer.hint
+    assert "annotator.chat.max_output_tokens" in answer.hint
 
 
 @pytest.mark.parametrize(

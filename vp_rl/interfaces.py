@@ -187,6 +187,19 @@ class Unanswered(Exception):
     """No answer came, though the question is a good one: the service was down, busy or too slow. Ask again later."""
 
 
+class Rejected(ValueError):
+    """A question was not taken, as others may be or not: says why, and what to change if none is.
+
+    Args:
+        message: what the server said, with the way out.
+        all: it sounds as though it would meet all questions: a setting that the server does not know, for instance.
+    """
+
+    def __init__(self, message: str, all: bool = False) -> None:
+        super().__init__(message)
+        self.all = all
+
+
 class Annotator(ABC):
     """Rates images like a human annotator who was given the guideline of an aspect.
 
@@ -215,6 +228,7 @@ class Annotator(ABC):
 
         Raises:
             Unanswered: no answer came, this time.
+            Rejected: this question was not taken.
             ValueError: no answer will ever come, whatever is asked: a refused key, an unknown model.
         """
 
@@ -229,6 +243,9 @@ class Annotator(ABC):
     def estimate(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> Usage:
         """What asking would cost; nothing, for whoever is not paid."""
         return Usage()
+
+    def stop_retrying(self) -> None:  # noqa: B027  # most try once
+        """What is being asked may still be answered, but is `Unanswered` rather than tried again: asking ends."""
 
     async def annotate(self, prompt: str, images: Sequence[bytes], aspect: Aspect) -> list[Rating]:
         """Asks and reads.
@@ -296,6 +313,9 @@ class Rewriter(ABC):
     def estimate(self, prompt: str) -> Usage:
         """What asking would cost."""
         return Usage()
+
+    def stop_retrying(self) -> None:  # noqa: B027  # as above
+        """See `Annotator.stop_retrying`."""
 
 
 class PromptSource(ABC):

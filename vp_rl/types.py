@@ -91,6 +91,8 @@ class Answer(NamedTuple):
     usage: Usage = Usage()
     refused: bool = False
     """The answer is that there will be none; `text` says why. It may have cost something all the same."""
+    hint: str = ""
+    """What to change if all answers are like this one: cut off, too large to be taken."""
 
 
 class Dropped(NamedTuple):

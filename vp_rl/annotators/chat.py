@@ -7,7 +7,6 @@ the server. What is left is sorted here: an `Answer`, `Unanswered`, or a ValueEr
 import asyncio
 import hashlib
 import json
-import logging
 import re
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -16,18 +15,19 @@ from typing import Any
 import httpx2
 from openai import APIError, APIStatusError, AsyncOpenAI
 
-from vp_rl.annotators.answers import storable
-from vp_rl.annotators.complaints import Server, complaint, missing_key, sort_out, unreachable
-from vp_rl.annotators.gate import Gate
+from vp_rl.annotators.complaints import Server, complaint, missing_key, sort_out
+from vp_rl.annotators.completion import completion, read_body
+from vp_rl.annotators.connection import GatedClient, quieten
+from vp_rl.annotators.wording import count_tokens
 from vp_rl.configuration.kinds import Amount, Count, Seconds, Text, Url, Whole
 from vp_rl.interfaces import Unanswered
 from vp_rl.secrets import mask, read, refuse_literal, register_address
+from vp_rl.text import storable
 from vp_rl.types import Answer, Usage
 
 Message = dict[str, Any]
 """As the protocol has it: `role` and `content`."""
 
-_CONNECT_SECONDS = 10.0
 _REMEMBERED = 4096  # answered questions; whoever asks one again does so at once
 
 
@@ -85,14 +85,22 @@ class Chat:
         settings = {"temperature": temperature, "max_completion_tokens": max_output_tokens, "seed": seed}
         sent = {name: value for name, value in settings.items() if value is not None}
         self._fixed = {"model": model, **sent, **(extra_body or {})}
-        self._clients: dict[asyncio.AbstractEventLoop, tuple[AsyncOpenAI, AsyncGenerator[None, None]]] = {}
+        self._clients: dict[asyncio.AbstractEventLoop, tuple[AsyncOpenAI, GatedClient, AsyncGenerator[None, None]]] = {}
         self._answered: OrderedDict[str, int] = OrderedDict()
 
-    async def ask(self, messages: Sequence[Message], response_format: Mapping[str, Any] | None = None) -> Answer:
+    async def ask(
+        self, messages: Sequence[Message], response_format: Mapping[str, Any] | None = None, input_tokens: int = 0
+    ) -> Answer:
         """What the model answers, as it came; cut off at `max_output_tokens` it is still an answer.
+
+        Args:
+            messages: the conversation.
+            response_format: as the protocol has it.
+            input_tokens: about how many that are: they count where the server does not tell.
 
         Raises:
             Unanswered: all attempts failed, in a way that passes.
+            Rejected: the server did not take this question; whether it takes others is not known.
             ValueError: no question will be answered: says why, and what to change.
         """
         request = {**self._fixed, "messages": messages}
@@ -104,7 +112,7 @@ class Chat:
         # The same request has the same key until it is answered: a server that knows the header then answers once,
         # whatever happens on the way. Asked again after that, another answer is wanted.
         headers = {"Idempotency-Key": digest if times == 0 else f"{digest}-{times}"}
-        answer = await self._post(body, headers)
+        answer = await self._post(body, headers, input_tokens)
         self._answered[digest] = times + 1
         self._answered.move_to_end(digest)
         if len(self._answered) > _REMEMBERED:
@@ -124,18 +132,22 @@ class Chat:
         usd = input_tokens * self._prices[0] + output_tokens * self._prices[1]
         return Usage(input_tokens, output_tokens, usd)
 
-    async def _post(self, body: bytes, headers: dict[str, str]) -> Answer:
-        client = await self._client()
+    def stop_retrying(self) -> None:
+        """Who waits for another attempt is `Unanswered` now; attempts that are under way go on."""
+        for _, gated, _ in self._clients.values():
+            gated.stop()
+
+    async def _post(self, body: bytes, headers: dict[str, str], input_tokens: int) -> Answer:
+        client, gated = await self._client()
+        # Not `chat.completions.create`: that converts and validates request and response piece by piece, which costs as
+        # much as all the rest. This is the same request, with the same retries.
+        posting = client.post("/chat/completions", cast_to=httpx2.Response, content=body, options={"headers": headers})
         try:
-            # Not `chat.completions.create`: that converts and validates request and response piece by piece, which
-            # costs as much as all the rest. This is the same request, with the same retries.
-            response = await client.post(
-                "/chat/completions", cast_to=httpx2.Response, content=body, options={"headers": headers}
-            )
+            response = await gated.until_stopped(posting)
         except APIError as error:
             found = self._explain(error)
         else:
-            found = self._read(response)
+            found = self._read(response, input_tokens)
         # Raised out here, where the client's error is forgotten: it holds the request, whose headers hold the key.
         if isinstance(found, Exception):
             raise found
@@ -144,37 +156,55 @@ class Chat:
     def _explain(self, error: APIError) -> Answer | Unanswered | ValueError:
         if isinstance(error, APIStatusError):
             code, text = complaint(error.body)
-            server = Server(self._base_url, self.model, self._key_name)
-            return sort_out(error.status_code, mask(code), mask(text), server)
+            code, text = storable(mask(code)), storable(mask(text))
+            return sort_out(error.status_code, code, text, self._server())
         cause = error.__cause__ or error
         return Unanswered(
             f"no answer from {self._base_url} in {self._retries + 1} attempts of up to {self._timeout:g} s; "
             f"the last one: {type(cause).__name__}"
         )
 
-    def _read(self, response: httpx2.Response) -> Answer | Unanswered | ValueError:
+    def _read(self, response: httpx2.Response, input_tokens: int) -> Answer | Unanswered | ValueError:
         try:
-            completion = response.json()
-            choice = completion["choices"][0]
-            text, refusal = choice["message"].get("content") or "", choice["message"].get("refusal") or ""
-            used = completion.get("usage") or {}
-            usage = self.price(int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or 0))
-        except (ValueError, LookupError, TypeError, AttributeError):
-            text = mask(response.text)
+            found = completion(read_body(response.content, response.text))
+        except ValueError as error:
+            text = storable(mask(response.text[:2000]))
             if "html" in response.headers.get("content-type", ""):
-                return sort_out(404, "", text, Server(self._base_url, self.model, self._key_name))
-            return Unanswered(f"what {self._base_url} sent is no chat completion: {text[:300]!r}")
-        if refusal or choice.get("finish_reason") == "content_filter":
-            return Answer(mask(storable(str(refusal or text or "content_filter"))), usage, refused=True)
-        return Answer(mask(storable(str(text))), usage)
+                return sort_out(404, "", text, self._server())
+            return Unanswered(f"what {self._base_url} sent is no chat completion ({error}): {text[:300]!r}")
+        text, thought = mask(found.text), mask(found.thought)
+        told = found.output_tokens
+        if told is None:  # not told, so counted; what was thought in silence cannot be
+            told = self.max_output_tokens if found.cut else None
+            told = told or count_tokens(text + thought + found.refusal)
+        usage = self.price(found.input_tokens or input_tokens, told)
+        if found.refusal:
+            return Answer(storable(mask(found.refusal)), usage, refused=True)
+        if not text and thought and not found.cut:
+            text = f"<think>{thought}</think>"  # some servers take all of an answer for thought
+        return Answer(storable(text), usage, hint=self._why_unreadable(found.cut, bool(text or thought)))
 
-    async def _client(self) -> AsyncOpenAI:
+    def _why_unreadable(self, cut: bool, any_text: bool) -> str:
+        """Where it is."""
+        if cut:
+            most = self.max_output_tokens or "the server's limit"
+            return (
+                f"cut off at max_output_tokens={most}, which also counts what a model thinks: raise "
+                "annotator.chat.max_output_tokens (of prompts: polish.chat.max_output_tokens), or have it think less "
+                "(chat.extra_body={reasoning_effort: low})"
+            )
+        return "" if any_text else "it is empty: try another chat.model, or structured=none"
+
+    def _server(self) -> Server:
+        return Server(self._base_url, self.model, self._key_name)
+
+    async def _client(self) -> tuple[AsyncOpenAI, GatedClient]:
         """The running event loop's own: connections do not work in another one."""
         loop = asyncio.get_running_loop()
         if loop not in self._clients:
-            _quieten()
+            quieten()
             key = self._key()
-            http_client = _GatedClient(Gate(self.concurrency), self._base_url, self._timeout, self.concurrency)
+            http_client = GatedClient(self._base_url, self._timeout, self.concurrency)
             client = AsyncOpenAI(
                 api_key=key,
                 base_url=self._base_url,
@@ -183,9 +213,9 @@ class Chat:
                 http_client=http_client,
             )
             closing = self._close_with(loop, client)
-            self._clients[loop] = client, closing
+            self._clients[loop] = client, http_client, closing
             await anext(closing)
-        return self._clients[loop][0]
+        return self._clients[loop][:2]
 
     async def _close_with(self, loop: asyncio.AbstractEventLoop, client: AsyncOpenAI) -> AsyncGenerator[None, None]:
         """Stands at its `yield` until `asyncio.run` ends, which closes all asynchronous generators of its loop.
@@ -211,50 +241,3 @@ def _at_least(least: float, **settings: float | None) -> None:
     for name, value in settings.items():
         if value is not None and not value >= least:
             raise ValueError(f"chat.{name}={value} must be {least} or more.")
-
-
-def _quieten() -> None:
-    """The client's libraries log every request at INFO: not unless somebody has set their levels."""
-    for name in ("httpx2", "openai"):
-        logger = logging.getLogger(name)
-        if logger.level == logging.NOTSET:
-            logger.setLevel(logging.WARNING)
-
-
-class _GatedClient(httpx2.AsyncClient):
-    """Every attempt, the client's own retries included, passes the gate and has its own deadline."""
-
-    def __init__(self, gate: Gate, base_url: str, timeout: float, concurrency: int) -> None:
-        super().__init__(
-            # The deadline below covers the whole attempt; timeouts of single reads would not end a server that
-            # trickles, and cost time on each.
-            timeout=httpx2.Timeout(None, connect=min(timeout, _CONNECT_SECONDS)),
-            limits=httpx2.Limits(max_connections=None, max_keepalive_connections=concurrency),
-            follow_redirects=False,  # it is a wrong address, and may lead elsewhere
-        )
-        self._gate, self._url, self._seconds = gate, base_url, timeout
-        self._reached = False
-
-    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
-        """Sends it when its turn has come.
-
-        Raises:
-            ValueError: nobody was ever at that address.
-        """
-        async with self._gate.slot() as slot:
-            try:
-                async with asyncio.timeout(self._seconds):
-                    response = await super().send(request, **options)
-            except TimeoutError:
-                raise httpx2.ReadTimeout(f"no answer within {self._seconds} s", request=request) from None
-            except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
-                if self._reached:
-                    raise
-                problem = unreachable(self._url, f"{type(error).__name__}: {error}")
-            else:
-                self._reached = True
-                slot.hear(response.status_code, response.headers)
-                if response.status_code == 429 and b"insufficient_quota" in response.content:
-                    response.headers["x-should-retry"] = "false"  # the client knows it; waiting would be in vain
-                return response
-        raise problem  # out here, where the error is forgotten that holds the request and so the key

@@ -32,7 +32,7 @@ class Slot:
             self.gate.halve(self.number)
         elif status < 400:
             self.gate.grow(self.number)
-        if status in (429, 503):
+        if status in (429, 503, 529):
             self.gate.pause(retry_after(headers))
 
 
@@ -134,5 +134,5 @@ def retry_after(headers: Mapping[str, str]) -> float:
         return max(0.0, seconds) if math.isfinite(seconds) else 0.0
     try:
         return max(0.0, email.utils.parsedate_to_datetime(headers["retry-after"]).timestamp() - time.time())
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, TypeError, OverflowError, OSError):  # a year that no clock has
         return 0.0

@@ -2,8 +2,9 @@
 
 import re
 import unicodedata
+from typing import Any
 
-from vp_rl.annotators.answers import read_object
+from vp_rl.annotators.answers import read_json, several
 from vp_rl.annotators.chat import Chat
 from vp_rl.annotators.wording import (
     count_tokens,
@@ -80,10 +81,15 @@ class OpenAIChatRewriter(Rewriter):
 
         Raises:
             Unanswered: the server did not answer, or not in time.
+            Rejected: it did not take this prompt.
             ValueError: the server, key or model is not right; says what to do.
         """
         messages = [{"role": "system", "content": self._system}, {"role": "user", "content": quote(prompt)}]
-        return await self._chat.ask(messages, self._format)
+        return await self._chat.ask(messages, self._format, self.estimate(prompt).input_tokens)
+
+    def stop_retrying(self) -> None:
+        """See `Chat.stop_retrying`."""
+        self._chat.stop_retrying()
 
     def read(self, answer: str, prompt: str) -> str:
         """The rewritten prompt: one line of plain text, in one JSON object so that a cut-off answer is seen to be one.
@@ -92,10 +98,15 @@ class OpenAIChatRewriter(Rewriter):
             ValueError: no JSON, an excuse, a form that no prompt has, or a length that speaks of loss or invention.
         """
         _refuse_kinds(answer.strip(), prompt, ["an excuse"])
-        rewritten = read_object(answer).get("prompt")
-        if not isinstance(rewritten, str) or not rewritten.strip():
-            raise ValueError(f"no rewritten prompt in the answer {answer[:80]!r}")
-        rewritten = rewritten.strip()
+
+        def understand(value: Any) -> str:
+            found = several(value.get("prompt")) if isinstance(value, dict) else []
+            texts = {text.strip() for text in found if isinstance(text, str) and text.strip()}
+            if len(texts) != 1:
+                raise ValueError(f"no rewritten prompt, or more than one, in the answer {answer[:80]!r}")
+            return texts.pop()
+
+        rewritten = read_json(answer, understand)
         if any(unicodedata.category(character) in _UNPRINTED for character in rewritten):
             raise ValueError(f"more than one line, or characters that cannot be printed: {rewritten[:80]!r}")
         if _in_quotes(rewritten) and not _in_quotes(prompt.strip()):

@@ -209,7 +209,11 @@ class _Model:
         texts = self._processor.tokenizer.batch_decode(output, skip_special_tokens=True)
         asked = inputs["attention_mask"].sum(1).tolist()
         told = (output != self._network.generation_config.pad_token_id).sum(1).tolist()
-        return [Answer(text, Usage(a, b)) for text, a, b in zip(texts, asked, told, strict=True)]
+        cut = f"cut off at max_new_tokens={self._max_new_tokens}: raise annotator.max_new_tokens"
+        return [
+            Answer(text, Usage(a, b), hint=cut if b >= self._max_new_tokens else "")
+            for text, a, b in zip(texts, asked, told, strict=True)
+        ]
 
     def _load(self) -> Any:
         network, report = _tried(

@@ -115,21 +115,26 @@ def questions(opinion: Opinion, planned: Iterable[Call], read: ReadImage) -> Ite
     for call in planned:
         yield Question(
             key(opinion.annotator, call),
-            f"{call.aspect} of {', '.join(call.images)}",
+            _subject(call),
             partial(_ask, opinion.annotator, call, read),
             partial(opinion.annotator.read, images=len(call.images)),
             partial(_estimate, opinion.annotator, call, read),
+            call.item.prompt,
         )
 
 
 def notes(opinion: Opinion, planned: Sequence[Call], journal: Journal) -> Iterator[list[Note] | None]:
     """The ratings of each call, as they are read today from what was answered then; None: it has no answer."""
     annotator = opinion.annotator
-    for call, text in zip(planned, journal.texts(key(annotator, call) for call in planned), strict=True):
+    keys = [key(annotator, call) for call in planned]
+    for call, asked, text in zip(planned, keys, journal.texts(keys), strict=True):
         if text is None:
             yield None
             continue
-        ratings = annotator.read(text, len(call.images))
+        try:
+            ratings = annotator.read(text, len(call.images))
+        except ValueError as error:
+            raise journal.unreadable_now(asked, _subject(call), annotator.name, error) from error
         yield [
             Note(image_id, call.aspect, rating, position)
             for position, (image_id, rating) in enumerate(zip(call.images, ratings, strict=True))
@@ -139,6 +144,10 @@ def notes(opinion: Opinion, planned: Sequence[Call], journal: Journal) -> Iterat
 def key(annotator: Annotator, call: Call) -> bytes:
     """What makes a question another one: prompt, images, their order, aspect, annotator, version of its guidelines."""
     return key_of("annotate", annotator.name, annotator.version, call.item.prompt, call.images, call.aspect)
+
+
+def _subject(call: Call) -> str:
+    return f"{call.aspect} of {', '.join(call.images)}"
 
 
 async def _ask(annotator: Annotator, call: Call, read: ReadImage) -> Answer:

@@ -5,19 +5,20 @@ import contextlib
 import logging
 import signal
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from tqdm import tqdm
 
-from vp_rl.interfaces import Annotator, Rewriter, Unanswered
+from vp_rl.interfaces import Annotator, Rejected, Rewriter, Unanswered
 from vp_rl.types import Answer, Usage
+from vp_rl.visionprefer.faults import Faults, Refusal, Systematic
 from vp_rl.visionprefer.journal import Entry, Journal, Outcome
 
 log = logging.getLogger(__name__)
 
-_SILENCE = 20  # questions in a row without any answer: the service is down, and asking on would only take hours
+_SHOWN = 5  # refusals that are told while a stage runs; all are in the journal
 
 
 Respondent = Annotator | Rewriter
@@ -33,6 +34,17 @@ class Question(NamedTuple):
     read: Callable[[str], object]
     """Raises ValueError where an answer is of no use."""
     estimate: Callable[[], Usage]
+    prompt: str = ""
+    """Which prompt it is about: what one of its questions meets, the others may meet too."""
+
+
+class Held(NamedTuple):
+    """A question that was not taken, of which it is not clear yet whether that is its own fault."""
+
+    question: Question
+    refusal: Refusal
+    usage: Usage
+    seconds: float
 
 
 class BudgetReached(ValueError):
@@ -94,10 +106,12 @@ class _Run:
         self._journal, self._budget, self._attempts = journal, budget, attempts
         self._stage, self._respondent, self._total = stage, respondent, total
         self._accepted, self._failures = journal.accepted(), journal.failures()
-        self._usd, self._pending = journal.usd(), 0.0
+        self._usd, self._pending, self._calls, self._paid = journal.usd(), 0.0, 0, 0.0
         self._stop: BaseException | None = None
         self._outcomes: Counter[str] = Counter()
-        self._silent = 0
+        self._faults = Faults(respondent.name, journal.has_accepted(stage, respondent.name))
+        self._again: deque[Question] = deque()
+        self._held: list[Held] = []
 
     async def all(self, questions: Iterable[Question]) -> Counter[str]:
         waiting = iter(questions)
@@ -105,6 +119,7 @@ class _Run:
             async with asyncio.TaskGroup() as group:
                 for _ in range(max(1, self._respondent.concurrency)):
                     group.create_task(self._work(waiting, bar))
+            await self._decide()
         if self._stop is not None:
             raise self._stop
         return self._outcomes
@@ -114,18 +129,29 @@ class _Run:
         while self._stop is None:
             try:
                 question = next(waiting, None)
-                if question is None:
+                if question is not None:
+                    outcome = await self._settle(question)
+                elif self._again:  # when all others were asked once: an answer may be better at another time
+                    outcome = await self._call(self._again.popleft())
+                else:
                     return
-                self._outcomes[await self._settle(question)] += 1
             except Exception as error:
-                self._stop = self._stop or error
+                self._end(error)
                 return
-            bar.update()
+            if outcome is not None:
+                self._outcomes[outcome] += 1
+                bar.update()
             if self._usd:
                 bar.set_postfix_str(f"${self._usd:.2f}", refresh=False)
 
-    async def _settle(self, question: Question) -> str:
-        """Brings one question to its end: how it ended."""
+    def _end(self, why: BaseException) -> None:
+        """Nothing more is asked. What is in flight may finish, but is not tried again, unless only money is lacking."""
+        self._stop = self._stop or why
+        if not isinstance(why, BudgetReached):
+            self._respondent.stop_retrying()
+
+    async def _settle(self, question: Question) -> str | None:
+        """Brings one question to its end: how it ended; None: that is not decided yet."""
         if question.key in self._accepted:
             return "answered before"
         known = self._failures.get(question.key, [])
@@ -133,14 +159,9 @@ class _Run:
             if outcome == "unreadable" and self._readable(question, text) is None:
                 await self._write(question, "accepted", Answer(text), "read anew", 0.0)
                 return "read anew"
-        while not _given_up(known, self._attempts):
-            outcome, text = await self._call(question)
-            if outcome in ("accepted", "unanswered"):
-                return outcome
-            known.append((outcome, text))
-        return known[-1][0]
+        return known[-1][0] if _given_up(known, self._attempts) else await self._call(question)
 
-    async def _call(self, question: Question) -> tuple[Outcome, str]:
+    async def _call(self, question: Question) -> str | None:
         self._journal.check_room()
         cost = self._reserve(question)
         started = time.monotonic()
@@ -148,20 +169,66 @@ class _Run:
             answer = await question.ask()
         except Unanswered as error:
             await self._write(question, "unanswered", Answer(""), str(error), time.monotonic() - started)
-            self._silent += 1
-            if self._silent >= _SILENCE:
-                raise OSError(
-                    f"{self._respondent.name} left {self._silent} questions in a row without an answer, the last with: "
-                    f"{error}. Everything answered is kept: start again when the service is up."
-                ) from error
-            return "unanswered", ""
+            if self._stop is None:
+                self._faults.silent(*_identity(question), str(error))
+            return "unanswered"
+        except Rejected as error:
+            return self._hold(Held(question, Refusal.of(error), Usage(), time.monotonic() - started))
         finally:
             self._pending -= cost
-        self._silent = 0
-        problem = answer.text if answer.refused else self._readable(question, answer.text)
-        outcome: Outcome = "refused" if answer.refused else "accepted" if problem is None else "unreadable"
-        await self._write(question, outcome, answer, problem or "", time.monotonic() - started)
-        return outcome, answer.text
+        seconds = time.monotonic() - started
+        if answer.refused and answer.hint and not self._faults.taken:
+            return self._hold(Held(question, Refusal(answer.text, answer.hint), answer.usage, seconds))
+        if answer.refused:
+            return await self._refuse(question, answer, seconds)
+        return await self._judge(question, answer, seconds)
+
+    async def _judge(self, question: Question, answer: Answer, seconds: float) -> str | None:
+        """Whether an answer can be read; if not, it is asked for again, as often as is allowed."""
+        self._calls, self._paid = self._calls + 1, self._paid + answer.usage.usd
+        problem = self._readable(question, answer.text)
+        self._faults.answered(problem is None)
+        if problem is None:
+            await self._write(question, "accepted", answer, "", seconds)
+            return "accepted"
+        reason = f"{problem}; {answer.hint}" if answer.hint else problem
+        await self._write(question, "unreadable", answer, reason, seconds)
+        known = self._failures.setdefault(question.key, [])
+        known.append(("unreadable", answer.text))
+        if not _given_up(known, self._attempts):
+            self._again.append(question)
+        self._faults.unreadable(*_identity(question), problem, answer.hint, again=len(known) > 1)
+        return "unreadable" if _given_up(known, self._attempts) else None
+
+    async def _refuse(self, question: Question, answer: Answer, seconds: float) -> str:
+        reason = answer.text
+        if question.prompt and question.prompt != question.subject:
+            reason = f"{reason} (prompt: {question.prompt[:500]!r})"
+        await self._write(question, "refused", answer, reason, seconds)
+        if self._outcomes["refused"] < _SHOWN:
+            log.warning("%s refuses %s: %s", self._respondent.name, question.subject[:200], reason[:800])
+        return "refused"
+
+    def _hold(self, held: Held) -> None:
+        self._held.append(held)
+        if self._stop is None:
+            self._faults.refused(*_identity(held.question), held.refusal)
+
+    async def _decide(self) -> None:
+        """What was not taken while others were is refused; where none were, it may be the fault of all."""
+        own_fault = self._faults.taken and not isinstance(self._stop, Systematic)
+        try:
+            for question, refusal, usage, seconds in self._held:
+                if own_fault:
+                    outcome = await self._refuse(question, Answer(refusal.text, usage), seconds)
+                else:
+                    outcome = "unanswered"
+                    await self._write(question, outcome, Answer("", usage), refusal.text, seconds)
+                self._outcomes[outcome] += 1
+        except OSError as error:
+            self._stop = self._stop or error
+        if self._held and self._stop is None and not self._faults.ever:
+            self._stop = Systematic(self._held[-1].refusal.advice)
 
     def _reserve(self, question: Question) -> float:
         """Sets money aside for a call, so that those in flight together stay within the budget too."""
@@ -170,6 +237,7 @@ class _Run:
         cost = question.estimate().usd
         if cost <= 0:
             raise ValueError(f"budget_usd={self._budget} needs prices, and {self._respondent.name} has none: set them.")
+        cost = max(cost, self._paid / max(1, self._calls))  # estimates know nothing of what a model thinks
         if self._usd + self._pending + cost > self._budget:
             raise BudgetReached(
                 f"budget_usd={self._budget:g} is reached: ${self._usd + self._pending:.4f} are spent, and the next "
@@ -189,8 +257,8 @@ class _Run:
         """Why not, or None."""
         try:
             question.read(text)
-        except ValueError as error:
-            return str(error)
+        except Exception as error:  # a reader that fails in another way must not lose what was paid for
+            return str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         return None
 
     @contextlib.contextmanager
@@ -199,7 +267,7 @@ class _Run:
 
         def stop() -> None:
             log.warning("stopping when the calls in flight are answered; once more to drop them")
-            self._stop = self._stop or KeyboardInterrupt()
+            self._end(KeyboardInterrupt())
             for each in caught:
                 loop.remove_signal_handler(each)
 
@@ -214,3 +282,7 @@ class _Run:
         finally:
             for each in caught:
                 loop.remove_signal_handler(each)
+
+
+def _identity(question: Question) -> tuple[bytes, str]:
+    return question.key, question.prompt or question.subject

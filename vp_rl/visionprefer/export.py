@@ -73,9 +73,11 @@ def export(
             writer.add(item.split, row)
             rows, images = rows + 1, images + len(row["images"])
         if not rows:
+            why = journal.commonest_reason(first.name)
             raise ValueError(
                 f"No prompt has two images that {first.name} rated in every aspect, so there is no dataset to write: "
                 "the journal says why (outcome and reason in its table `answers`)."
+                + (f" Mostly: {why[:800]}" if why else "")
             )
         writer.finish_rows()
         gone = [case for case in [*dropped, *left_out] if case.reason not in (SCREENED, REFUSED)]  # those are images

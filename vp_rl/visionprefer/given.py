@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from tqdm import tqdm
 
+from vp_rl.text import storable
 from vp_rl.types import GivenImage
 from vp_rl.visionprefer import pictures
 from vp_rl.visionprefer.generate import ImageStore
@@ -17,7 +18,8 @@ def given_images(item: Item, images: Sequence[GivenImage]) -> dict[str, GivenIma
     for image in images:
         with image.file.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()[:8]
-        found.setdefault(f"{item.prompt_id}-{digest}", image)
+        named = image._replace(generator=storable(image.generator))  # no column of a table takes half a character
+        found.setdefault(f"{item.prompt_id}-{digest}", named)
     return found
 
 

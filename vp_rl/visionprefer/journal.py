@@ -3,6 +3,8 @@
 import asyncio
 import hashlib
 import json
+import logging
+import math
 import shutil
 import sqlite3
 import time
@@ -13,11 +15,16 @@ from typing import Literal, NamedTuple
 
 from vp_rl.files import sqlite
 from vp_rl.secrets import mask
+from vp_rl.text import storable
 from vp_rl.types import Usage
+
+log = logging.getLogger(__name__)
 
 Outcome = Literal["accepted", "unreadable", "refused", "unanswered"]
 
 _RESERVE = 64 * 2**20  # bytes that must be free on the disk before anything more is asked
+_PATIENCE = 5.0  # seconds that SQLite itself waits for another program's lock, before we say so and wait on
+_MOST = 2**62  # of an integer; SQLite's have 64 bits, and they are added up
 _TABLE = """
 CREATE TABLE IF NOT EXISTS answers (
     id INTEGER PRIMARY KEY,
@@ -88,7 +95,8 @@ class Journal:
         self._waiting: list[tuple[Entry, asyncio.Future[None]]] = []
         self._writer: asyncio.Task[None] | None = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="journal")
-        self._database = sqlite.opened(file, "a journal of answers", _TABLE)  # each is paid for: durable
+        # Each answer is paid for: it must outlive a power cut.
+        self._database = sqlite.opened(file, "a journal of answers", _TABLE, patience=_PATIENCE)
 
     def close(self) -> None:
         """Everything written is on disk already; this lets the file go."""
@@ -103,6 +111,8 @@ class Journal:
 
     async def write(self, entry: Entry) -> None:
         """Returns when the entry is on disk. What arrives while another commit runs shares the next one.
+
+        A program that holds the file is waited for.
 
         Raises:
             OSError: the disk is full, or has failed.
@@ -130,6 +140,20 @@ class Journal:
         """Keys of all questions that have an accepted answer."""
         return {key for (key,) in self._database.execute("SELECT key FROM answers WHERE outcome = 'accepted'")}
 
+    def has_accepted(self, stage: str, respondent: str) -> bool:
+        """Whether anything that this one said could ever be read."""
+        query = "SELECT 1 FROM answers WHERE stage = ? AND respondent = ? AND outcome = 'accepted' LIMIT 1"
+        return self._database.execute(query, (stage, respondent)).fetchone() is not None
+
+    def commonest_reason(self, respondent: str) -> str | None:
+        """Why most answers of this one were not accepted; None: they were."""
+        query = (
+            "SELECT outcome, reason FROM answers WHERE respondent = ? AND outcome != 'accepted' "
+            "GROUP BY outcome, reason ORDER BY count(*) DESC LIMIT 1"
+        )
+        row = self._database.execute(query, (respondent,)).fetchone()
+        return None if row is None else f"{row[0]}: {row[1]}"
+
     def failures(self) -> dict[bytes, list[tuple[Outcome, str]]]:
         """Outcome and text of every call whose answer was not accepted, by key; without those that had no answer."""
         found: dict[bytes, list[tuple[Outcome, str]]] = {}
@@ -144,6 +168,13 @@ class Journal:
         for key in keys:
             row = self._database.execute(query, (key,)).fetchone()
             yield None if row is None else row[0]
+
+    def unreadable_now(self, key: bytes, subject: str, respondent: str, why: ValueError) -> ValueError:
+        """What to say of an accepted answer that nobody can read any more: which row it is, and what to do with it."""
+        return ValueError(
+            f"{self.file} has an accepted answer of {respondent} that cannot be read any more, to {subject!r}: {why}. "
+            f"To have it asked again, delete it: DELETE FROM answers WHERE hex(key) = '{key.hex().upper()}'"
+        )
 
     def reasons(self, keys: Iterable[bytes]) -> Iterator[str]:
         """Why each question has no accepted answer: what was said of the last call."""
@@ -168,28 +199,56 @@ class Journal:
         ]
 
     async def _drain(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._waiting:
             batch, self._waiting = self._waiting, []
-            try:
-                await loop.run_in_executor(self._thread, self._commit, [entry for entry, _ in batch])
-            except sqlite3.Error as error:
-                for _, done in batch:
-                    done.set_exception(
-                        OSError(f"The journal {self.file} cannot be written ({error}): make room and start again.")
-                    )
-            else:
-                for _, done in batch:
+            problem = await self._try([entry for entry, _ in batch])
+            for entry, done in batch:
+                # One entry that cannot be written must not take the others with it.
+                alone = problem if problem is None or len(batch) == 1 else await self._try([entry])
+                if done.done():  # whoever waited was cancelled
+                    continue
+                if alone is None:
                     done.set_result(None)
+                else:
+                    done.set_exception(
+                        OSError(f"The journal {self.file} cannot be written ({alone}): make room and start again.")
+                    )
+
+    async def _try(self, entries: list[Entry]) -> Exception | None:
+        """Writes them, all or none, when nobody else does: what went wrong."""
+        loop, warned = asyncio.get_running_loop(), -math.inf
+        while True:
+            try:
+                await loop.run_in_executor(self._thread, self._commit, entries)
+            except Exception as error:  # whatever it is, somebody waits for it
+                if not _is_locked(error):
+                    return error
+            else:
+                return None
+            if loop.time() - warned > 60:
+                warned = loop.time()
+                log.warning("%s is locked: waiting for the program that has it open to let it go", self.file)
+            await asyncio.sleep(0.05)
 
     def _commit(self, entries: list[Entry]) -> None:
         now = time.time()
-        rows = [
-            (entry.key, *(mask(text) for text in entry[1:8]), *entry.usage, entry.seconds, now) for entry in entries
-        ]
+        rows = [(*_storable(entry), now) for entry in entries]
         with self._database:
             self._database.executemany(
                 "INSERT INTO answers (key, stage, subject, respondent, version, outcome, text, reason, input_tokens, "
                 f"output_tokens, usd, seconds, created) VALUES ({', '.join('?' * 13)})",
                 rows,
             )
+
+
+def _is_locked(error: Exception) -> bool:
+    code = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+
+
+def _storable(entry: Entry) -> tuple[object, ...]:
+    """The entry's fields as SQLite takes them, whatever servers and users put into them: this is the one way in."""
+    texts = (mask(storable(str(text))) for text in entry[1:8])
+    tokens = (min(max(0, int(number)), _MOST) if math.isfinite(number) else 0 for number in entry.usage[:2])
+    reals = (number if math.isfinite(number) else 0.0 for number in (entry.usage.usd, entry.seconds))
+    return entry.key, *texts, *tokens, *reals

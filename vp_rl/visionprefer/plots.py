@@ -141,7 +141,7 @@ def _points(
 ) -> None:
     """Estimates with their intervals, in percent; joined by a line where they are upright."""
     value, low, high = (100 * np.array([estimate[part] for estimate in estimates], float) for part in range(3))
-    spread = np.stack([value - low, high - value])
+    spread = np.maximum(np.stack([value - low, high - value]), 0)  # rounding: an interval may begin at its value
     style = {"color": color, "marker": marker, "markersize": 5, "linewidth": 1.4, "capsize": 2, "label": label}
     if upright:
         axes.errorbar(places, value, yerr=spread, **style)

@@ -38,6 +38,7 @@ def questions(rewriter: Rewriter, items: Sequence[Item]) -> Iterator[Question]:
             partial(rewriter.ask, source),
             partial(rewriter.read, prompt=source),
             partial(rewriter.estimate, source),
+            source,
         )
 
 
@@ -50,7 +51,10 @@ def polished(rewriter: Rewriter, items: Sequence[Item], journal: Journal) -> tup
         if text is None:
             dropped.append(Dropped(item.source_prompt, "not polished", next(journal.reasons([key]))))
             continue
-        prompt = rewriter.read(text, item.source_prompt)
+        try:
+            prompt = rewriter.read(text, item.source_prompt)
+        except ValueError as error:
+            raise journal.unreadable_now(key, item.source_prompt, rewriter.name, error) from error
         if prompt in kept:
             same = kept[prompt].source_prompt
             dropped.append(Dropped(item.source_prompt, "duplicate after polishing", same))
