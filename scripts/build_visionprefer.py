@@ -12,6 +12,7 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
 
 import hydra
+from command_line import quiet_libraries, start, stop  # it lies beside this file
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -28,7 +29,8 @@ log = logging.getLogger("vp_rl")
 def main(config: DictConfig) -> None:
     """One build, or its estimate."""
     try:
-        run(config)
+        with quiet_libraries():
+            run(config)
     except InstantiationException as error:
         stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError | ImportError) else error)
     except (ValueError, OSError, OmegaConfBaseException) as error:
@@ -67,13 +69,6 @@ def as_markdown(estimates: list) -> str:
     return "\n".join(lines)
 
 
-def stop(error: BaseException) -> None:
-    """One message for what the user can put right; HYDRA_FULL_ERROR=1 shows where it came from."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        raise error
-    sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a CPU kernel that nobody uses here
-    main()
+    start(main, "build")

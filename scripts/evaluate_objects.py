@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from command_line import quiet_libraries
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from run_settings import command, device_of, find, kept_of, plain_errors, said, sampler_of, with_given
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 from vp_rl.evaluation.geneval import Detector
 from vp_rl.evaluation.images import Evaluator
+from vp_rl.evaluation.lock import hold
 from vp_rl.evaluation.objects import Checked, Score, Unasked, compare_tasks, examine_all
 from vp_rl.evaluation.objects_page import as_markdown, write
 from vp_rl.evaluation.store import Kept, Store, fingerprint
@@ -30,7 +32,9 @@ _ABOUT = (
 )
 def objects(config: DictConfig) -> None:
     """One adapter."""
-    with plain_errors("what was made is"):
+    with plain_errors("what was made is"), quiet_libraries():
+        find(Path(config.adapter))  # before a folder is made in it
+        _alone = hold(Path(config.folder), "give another folder=...")
         evaluate(config)
 
 

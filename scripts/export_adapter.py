@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
 
 import hydra
+from command_line import is_full, quiet_libraries, start, stop  # it lies beside this file
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,11 +31,14 @@ _SECRET = re.compile(r"(^|_)(key|token|secret|password)$")
 def main(config: DictConfig) -> None:
     """One export."""
     try:
-        print(f"written: {write(Path(config.run), config.to, Path(config.folder))}")
+        with quiet_libraries():
+            print(f"written: {write(Path(config.run), config.to, Path(config.folder))}")
     except (ValueError, OSError, OmegaConfBaseException) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        stop(error)
+    except Exception as error:
+        if not is_full(error):
             raise
-        sys.exit(f"error: {error}")
+        stop(error, "\nThe disk is full: free some space, or give another folder=...")
 
 
 def write(run: Path, to: str, folder: Path) -> Path:
@@ -90,4 +93,4 @@ def without_secrets(value: Any) -> Any:
 
 if __name__ == "__main__":
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a CPU kernel that this system does not use
-    main()
+    start(main, "export")

@@ -1,7 +1,6 @@
 """What the commands of evaluate.py have in common: a run's adapter and settings, and errors in one line."""
 
 import json
-import os
 import re
 import shlex
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command_line import is_full, stop  # it lies beside this file
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
@@ -29,19 +29,17 @@ def plain_errors(kept: str) -> Iterator[None]:
     try:
         yield
     except InstantiationException as error:
-        _stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError | ImportError) else error)
-    except (ValueError, OSError, OmegaConfBaseException) as error:
-        _stop(error)
+        stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError | ImportError) else error)
     except Unanswered as error:
         sys.exit(f"error: {error}\n{kept} kept: start the same command again to go on")
     except KeyboardInterrupt:
         sys.exit(f"stopped; {kept} kept, start the same command again to go on")
-
-
-def _stop(error: BaseException) -> None:
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        raise error
-    sys.exit(f"error: {error}")
+    except Exception as error:
+        if is_full(error):
+            stop(error, f"\nThe disk is full; {kept} kept: free some space, and start the same command again to go on")
+        if not isinstance(error, ValueError | OSError | OmegaConfBaseException):
+            raise
+        stop(error)
 
 
 def names_in(argument: str) -> list[str]:

@@ -166,13 +166,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def check_run_folder(folder: Path) -> None:
     left = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
     expected = {"report.html", "adapter/pytorch_lora_weights.safetensors", "metrics.csv", "summary.json"}
-    assert expected | {"checkpoints/epoch=0002.ckpt", ".hydra/config.yaml", ".hydra/overrides.yaml"} <= left
+    assert expected | {"checkpoints/epoch-0002.ckpt", ".hydra/config.yaml", ".hydra/overrides.yaml"} <= left
     assert any(file.startswith("samples/") and file.endswith(".png") for file in left)
     assert epochs(folder) == [0, 1]
     assert json.loads((folder / "summary.json").read_text())["epochs"] == 2
     assert (folder / "report.html").stat().st_size > 10_000
     assert any(tensor.any() for name, tensor in adapter(folder).items() if "up" in name or "lora_B" in name)
-    checkpoint = torch.load(folder / "checkpoints" / "epoch=0002.ckpt", weights_only=True)
+    checkpoint = torch.load(folder / "checkpoints" / "epoch-0002.ckpt", weights_only=True)
     assert checkpoint["global_step"] >= 2
     assert all("lora" in name for name in checkpoint["state_dict"])
 
