@@ -1,4 +1,4 @@
-"""Every command that README, docs, `--help`, yaml heads, docstrings and messages show is run as it stands, or says why not.
+"""Every command that README, docs, `--help`, yaml heads, docstrings and messages show runs as it stands, or why not.
 
 Slow: the commands are run one after the other in a fresh copy of the repository, made small by nothing but settings of
 size that are appended; `pytest tests/test_commands.py -m slow -rP` prints the table of what each ended with.
@@ -22,7 +22,8 @@ from markdown_it import MarkdownIt
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "log.md")]
 _BEGINS = re.compile(
-    r"((?:[A-Z_]+=\S+ )*)((?:\.venv/bin/)?python(?:3\.11)? (?:train\.py|scripts/\w+\.py|-m )|(?:make [a-z]|torchrun --|srun -|sbatch |pip install|sqlite3 )).*"
+    r"(?:[A-Z_]+=\S+ )*(?:(?:\.venv/bin/)?python(?:3\.11)? (?:train\.py|scripts/\w+\.py|-m )"
+    r"|make [a-z]|torchrun --|srun -|sbatch |pip install|sqlite3 ).*"
 )
 
 
@@ -61,8 +62,12 @@ COMMANDS = commands()
 
 # --- what is appended
 
-_RUN = "trainer.max_epochs=1 data.batches_per_epoch=1 data.batch_size=2 sampler.steps=3 evaluation.limit=4 evaluation.seeds=[0] evaluation.sampler.steps=2 callbacks.held_out.small=4"
+_RUN = (
+    "trainer.max_epochs=1 data.batches_per_epoch=1 data.batch_size=2 sampler.steps=3 callbacks.held_out.small=4"
+    " evaluation.limit=4 evaluation.seeds=[0] evaluation.sampler.steps=2"
+)
 DDPO, REFL = f"{_RUN} algorithm.images_per_prompt=4", _RUN
+VP_SCORE = "trainer.max_epochs=1 prompts.train=16 prompts.validation=8 prompts.test=8 data.builder.images_per_prompt=3"
 DATASET = "prompts.train=16 prompts.validation=4 prompts.test=6 builder.images_per_prompt=3"
 IMAGES = "limit=4 seeds=[0] sampler.steps=2"
 SIZES = {
@@ -87,20 +92,23 @@ RUN = {  # in this order, as later ones need what earlier ones leave: what is ap
     "python train.py --help": "",
     "python train.py experiment=ddpo_vpscore": DDPO,
     "python train.py experiment=refl_vpscore": REFL,
-    "python train.py experiment=vpscore": "trainer.max_epochs=1 prompts.train=16 prompts.validation=8 prompts.test=8 data.builder.images_per_prompt=3",
+    "python train.py experiment=vpscore": VP_SCORE,
     "python train.py experiment=ddpo_vpscore logger=wandb": DDPO,
-    "python train.py experiment=ddpo_vpscore dry_run=true": "data.batches_per_epoch=1 data.batch_size=2 sampler.steps=3",
+    "python train.py experiment=ddpo_vpscore dry_run=true": "data.batches_per_epoch=1 data.batch_size=2",
     "python train.py experiment=ddpo_vpscore resume=auto": DDPO,
     "python train.py experiment=ddpo_vpscore trainer.max_epochs=200 algorithm.clip_range=1e-3 logger=wandb": DDPO,
     "python train.py -m experiment=ddpo_vpscore algorithm.optimizer.lr=1e-4,3e-4 trainer.max_epochs=10": DDPO,
     "python train.py -m experiment=ddpo_vpscore algorithm.optimizer.lr=1e-4,3e-4": DDPO,
-    "python train.py -m experiment=ddpo_vpscore algorithm.optimizer.lr=3e-4,6e-4,1.2e-3 hydra.sweep.dir=multirun/rates": DDPO,
+    "python train.py -m experiment=ddpo_vpscore algorithm.optimizer.lr=3e-4,6e-4,1.2e-3 "
+    "hydra.sweep.dir=multirun/rates": DDPO,
     "python train.py experiment=ddpo_vpscore sweep=lr": DDPO,
     "python train.py experiment=ddpo_vpscore sweep=seeds": DDPO,
     "python train.py experiment=ddpo_vpscore sweep=search": f"{DDPO} hydra.sweeper.n_trials=3",
-    "python train.py experiment=ddpo_vpscore sweep=lr hydra/launcher=parallel hydra.launcher.n_jobs=4": f"{DDPO} evaluation.limit=5",
+    "python train.py experiment=ddpo_vpscore sweep=lr hydra/launcher=parallel hydra.launcher.n_jobs=4": DDPO,
     "python train.py experiment=refl_vpscore reward=vividness": REFL,
-    "python train.py experiment=ddpo_vpscore reward=weighted ~reward.rewards.compressibility ~reward.weights.compressibility +reward@reward.rewards.vivid=vividness +reward.weights.vivid=0.3": DDPO,
+    "python train.py experiment=ddpo_vpscore reward=weighted "
+    "~reward.rewards.compressibility ~reward.weights.compressibility "
+    "+reward@reward.rewards.vivid=vividness +reward.weights.vivid=0.3": DDPO,
     "python train.py experiment=refl_vpscore reward=vividness +reward@evaluation.panel.vp_score=vp_score": REFL,
     "python train.py experiment=ddpo_vpscore_sd15 --cfg job": "",
     **{
@@ -262,6 +270,7 @@ def ended_well(code: int, text: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("command", RUN)
 def test_a_command_runs_as_it_stands(copy: Copy, command: str) -> None:
+    shutil.rmtree(copy.folder / "multirun", ignore_errors=True)  # or it would go on where one before it ended
     code, text = copy.run(command, RUN[command])
     ended_well(code, text)
     if "sweep=" in command or " -m " in command:
