@@ -125,7 +125,9 @@ def _run_folder(hydra: DictConfig, given: Sequence[str], alone: bool) -> None:
     folder = Path(hydra.run.dir)
     if "${now" in _raw(hydra, "run") and not _names(given, "hydra.run.dir"):
         folder = free(folder)
-        os.environ[NAMED_HERE] = str(folder)  # Lightning starts the other processes of a run by a command of its own
+        os.environ[NAMED_HERE] = os.path.abspath(
+            folder
+        )  # as Hydra says it; Lightning starts the other processes of a run by a command of its own
         sys.argv.append(readable(f"hydra.run.dir={folder}"))
     if alone:
         _held.append(hold(folder, "give another hydra.run.dir."))
