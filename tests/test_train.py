@@ -53,7 +53,7 @@ REFUSED = {
     "experiment=typo": r"^error: there is no experiment=typo, .*There are: ddpo_vpscore, ",
     "experiment=ddpo_vpscore policy.path=/nonexistent": r"^error: policy\.path='/nonexistent' is neither .*'tiny-sd'",
     f"experiment=ddpo_vpscore reward.checkpoint={TEXT}": rf"^error: reward\.checkpoint='{TEXT}' is a file; it must be",
-    "experiment=ddpo_vpscore algorithm.clip_rnge=1": r"no setting 'algorithm\.clip_rnge'\. Did you mean .*clip_range\?$",
+    "experiment=ddpo_vpscore algorithm.clip_rnge=1": r"'algorithm\.clip_rnge'\. Did you mean .*clip_range\?$",
     f"experiment=ddpo_vpscore resume=/nonexistent.ckpt {REWARD}": r"^error: resume='/nonexistent\.ckpt'.* no such",
     f"callbacks.guards.on_nonfinite=ignore trainer=cpu {REWARD}": r"^error: .*callbacks\.guards\.on_nonfinite='ignore'",
     "data.batch_size=0": r"^error: data\.batch_size=0 must be at least 1\.$",
