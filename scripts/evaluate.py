@@ -112,7 +112,7 @@ def main() -> None:
     """Finds out what is to be evaluated, and leaves the rest to Hydra; what people say to argparse."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
     if command in ("", "-h", "--help"):
-        print(__doc__.strip(), file=sys.stdout if command else sys.stderr)
+        print((__doc__ or "").strip(), file=sys.stdout if command else sys.stderr)
         sys.exit(0 if command else 2)
     if command not in COMMANDS:
         meant = "".join(f" Did you mean {name}?" for name in nearest(command, COMMANDS))

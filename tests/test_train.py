@@ -138,6 +138,18 @@ def test_a_process_of_its_own_refuses_in_the_same_words(case: str, tmp_path: Pat
 # --- runs
 
 
+@pytest.mark.slow
+def test_runs_that_a_shell_loop_begins_at_once_share_no_folder(tmp_path: Path) -> None:
+    short = ("trainer.max_epochs=1", "data.batches_per_epoch=1", "callbacks.held_out=null")
+    command = [sys.executable, str(ROOT / "train.py"), *DDPO, *short]
+    both = [subprocess.Popen([*command, f"seed={seed}"], cwd=tmp_path, stdout=subprocess.DEVNULL) for seed in (0, 1)]
+    assert [process.wait(timeout=600) for process in both] == [0, 0]
+    folders = sorted((tmp_path / "outputs" / "ddpo_vpscore").iterdir())
+    seeds = [(folder / ".hydra" / "overrides.yaml").read_text().partition("seed=")[2].strip() for folder in folders]
+    assert sorted(seeds) == ["0", "1"]
+    assert [epochs(folder) for folder in folders] == [[0], [0]]
+
+
 def adapter(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter" / "pytorch_lora_weights.safetensors")
 
@@ -193,18 +205,19 @@ def test_a_run_by_the_rewards_gradient_leaves_the_same(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_sweep_leaves_one_table_with_a_row_for_each_run(tmp_path: Path) -> None:
-    code, text = run(
-        "-m", *DDPO, "trainer.max_epochs=1", "algorithm.optimizer.lr=1e-4,3e-3", f"hydra.sweep.dir={tmp_path / 'sweep'}"
-    )
-    assert code == 0, text
-    header, rule, *rows = (tmp_path / "sweep" / "results.md").read_text().splitlines()
+    words = (*DDPO, "trainer.max_epochs=1", "algorithm.optimizer.lr=1e-4,3e-3")
+    command = [sys.executable, str(ROOT / "train.py"), "-m", *words]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    [folder] = (tmp_path / "multirun" / "ddpo_vpscore").iterdir()
+    header, rule, *rows = (folder / "results.md").read_text().splitlines()
     cells = [dict(zip(header.split(" | "), row.split(" | "), strict=True)) for row in rows]
     assert set(rule) <= set("| -")
     assert [float(row["algorithm.optimizer.lr"]) for row in cells] == [1e-4, 3e-3]
     assert all(re.fullmatch(r"[\d.]+ \([+-][\d.]+ \[[+-][\d.]+, [+-][\d.]+\]\)", row["mean_rating"]) for row in cells)
     for number in ("0", "1"):
-        assert (tmp_path / "sweep" / number / "report.html").is_file()
-    assert not is_equal(tmp_path / "sweep" / "0", tmp_path / "sweep" / "1")
+        assert (folder / number / "report.html").is_file()
+    assert not is_equal(folder / "0", folder / "1")
 
 
 @pytest.mark.slow
