@@ -26,7 +26,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from scripts.command_line import CONF, NAMED_HERE, is_full, quiet_libraries, start, stop
+from scripts.command_line import CONF, NAMED_HERE, is_full, quiet_libraries, start, stay_alone, stop
 from vp_rl.evaluation.lock import is_held
 from vp_rl.planning.geometry import automatic, is_wanted
 
@@ -71,10 +71,13 @@ def run(config: DictConfig) -> float | None:
         The held-out judge's mean rating gain for a policy, or the test accuracy of a reward model; None of a dry run.
     """
     import lightning
+    from lightning.pytorch.utilities import rank_zero_only
 
     from vp_rl.planning.devices import check_devices
 
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if rank_zero_only.rank == 0 and not _is_job():  # a job has its own lock; torchrun's and SLURM's processes come here
+        stay_alone(folder)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     check_devices(config.trainer, lambda: instantiate(config.trainer, logger=False, enable_checkpointing=False))
     _check_length(config.trainer)

@@ -68,8 +68,6 @@ def start(
         alone: whether no other process may write into the folder at the same time.
     """
     logging.raiseExceptions = False  # of a full disk there is one message, not one of each line of the log
-    if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars in a file are noise
     folder = None
     if _is_main_process() and not _has(sys.argv, _NOT_OURS):
         try:
@@ -130,6 +128,16 @@ def _run_folder(hydra: DictConfig, given: Sequence[str], alone: bool) -> None:
         )  # as Hydra says it; Lightning starts the other processes of a run by a command of its own
         sys.argv.append(readable(f"hydra.run.dir={folder}"))
     if alone:
+        stay_alone(folder)
+
+
+def stay_alone(folder: Path) -> None:
+    """Holds the run's folder until this process ends; one that is held already is left so.
+
+    Raises:
+        ValueError: another process is at work in it.
+    """
+    if not _held:
         _held.append(hold(folder, "give another hydra.run.dir."))
 
 
@@ -366,6 +374,8 @@ def quiet_libraries() -> Iterator[None]:
             yield
         return
     from diffusers.utils import logging as diffusers
+    from transformers.utils import logging as transformers
 
-    diffusers.disable_progress_bar()  # of transformers' and the hub's `start` has said so
+    diffusers.disable_progress_bar()
+    transformers.disable_progress_bar()  # and the hub's
     yield
