@@ -83,7 +83,7 @@ SIZES = {
     "trainer.max_epochs",
     "callbacks.held_out.small",
     *(f"evaluation.{name}" for name in ("limit", "seeds", "sampler.steps")),
-    *(f"prompts.{name}" for name in ("train", "validation", "test", "limit")),
+    *(f"prompts.{name}" for name in ("train", "validation", "test")),
 }
 
 _RUNS = "outputs/ddpo_vpscore/DATE"
@@ -117,8 +117,8 @@ RUN = {  # in this order, as later ones need what earlier ones leave: what is ap
     },
     f"python scripts/evaluate.py images adapter={_RUNS}_TIME against=outputs/refl_vpscore/DATE_TIME": IMAGES,
     f"python scripts/evaluate.py images adapter={_RUNS} against=outputs/refl_vpscore/DATE": IMAGES,
-    f"python scripts/evaluate.py objects adapter={_RUNS}_TIME": "seeds=[0] sampler.steps=2 prompts.limit=4",
-    f"python scripts/evaluate.py objects adapter={_RUNS}": "seeds=[0] sampler.steps=2 prompts.limit=4",
+    f"python scripts/evaluate.py objects adapter={_RUNS}_TIME": "seeds=[0] sampler.steps=2 prompts.test=8",
+    f"python scripts/evaluate.py objects adapter={_RUNS}": "seeds=[0] sampler.steps=2 prompts.test=8",
     f"{_PICTURE('DATE_TIME')} --judge": "",
     f"{_PICTURE('DATE_TIME')} --every 10 --judge": "",
     f"{_PICTURE('DATE')} --every 10 --judge": "",
