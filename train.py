@@ -26,8 +26,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from scripts.command_line import CONF, NAMED_HERE, is_full, quiet_libraries, start, stay_alone, stop
+from scripts.command_line import CONF, NAMED_HERE, start, stay_alone
 from vp_rl.evaluation.lock import is_held
+from vp_rl.evaluation.terminal import is_full, quiet_libraries, stop
 from vp_rl.planning.geometry import automatic, is_wanted
 
 if TYPE_CHECKING:  # `--help` and mistyped settings need not wait for it

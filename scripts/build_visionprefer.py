@@ -12,12 +12,13 @@ from pathlib import Path
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
 
 import hydra
-from command_line import quiet_libraries, start, stop  # it lies beside this file
+from command_line import start  # it lies beside this file
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from vp_rl.evaluation.terminal import quiet_libraries, stop
 from vp_rl.visionprefer import schema
 from vp_rl.visionprefer.build import STAGES, Builder
 from vp_rl.visionprefer.export import push

@@ -8,16 +8,14 @@ said in one line and with what may have been meant, before anything is imported 
 """
 
 import difflib
-import errno
 import hashlib
 import logging
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from filelock import FileLock
 from hydra import compose, initialize_config_dir
@@ -29,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vp_rl.evaluation.lock import free, hold
+from vp_rl.evaluation.terminal import stop
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 NAMED_HERE = "VP_RL_FOLDER"  # environment variable: the run's folder, where the user has not named one
@@ -47,8 +46,6 @@ _TAKES_A_WORD = {
 _NOT_OURS = ("--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc", "--info", "-i")
 _OTHER_CONFIG = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun")
 _TAKES_A_WORD = {*_OTHER_CONFIG, "--package", "-p", "--cfg", "-c"}
-_FULL = ("no space left", "disk is full", "disk quota exceeded", "database or disk is full")
-_FULL_CODES = {errno.ENOSPC, errno.EDQUOT}
 _held: list[FileLock] = []  # until this process ends
 
 
@@ -343,39 +340,3 @@ def _ask_for_missing(composed: DictConfig, words: Sequence[str]) -> None:
     needed = ", ".join(f"{name}=..." for name in missing)
     sys.stderr.write(f"{examples}\n\nerror: {needed} must be given; --help has all that can be.\n")
     sys.exit(2)
-
-
-# --- errors
-
-
-def stop(error: BaseException, more: str = "") -> NoReturn:
-    """One message for what the user can put right; HYDRA_FULL_ERROR=1 shows where it came from."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        raise error
-    sys.exit(f"error: {error}{more}")
-
-
-def is_full(error: BaseException | None) -> bool:
-    """Whether a full disk is what it comes from, whichever library says so."""
-    while error is not None:
-        if getattr(error, "errno", None) in _FULL_CODES or any(words in str(error).lower() for words in _FULL):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Inside it messages of the log stand above progress bars; and libraries' bars are not written into files."""
-    if sys.stderr.isatty():
-        from tqdm.contrib.logging import logging_redirect_tqdm
-
-        with logging_redirect_tqdm():
-            yield
-        return
-    from diffusers.utils import logging as diffusers
-    from transformers.utils import logging as transformers
-
-    diffusers.disable_progress_bar()
-    transformers.disable_progress_bar()  # and the hub's
-    yield

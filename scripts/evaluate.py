@@ -24,7 +24,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import:
 
 import hydra
 import torch
-from command_line import nearest, quiet_libraries, start  # these lie beside this file
+from command_line import nearest, start  # these lie beside this file
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from run_settings import names_in, plain_errors
@@ -34,6 +34,7 @@ from vp_rl.evaluation.accuracy_report import console, write
 from vp_rl.evaluation.human_accuracy import Result, measure
 from vp_rl.evaluation.lock import hold
 from vp_rl.evaluation.scoring import Scorer, fingerprint, score_set
+from vp_rl.evaluation.terminal import quiet_libraries
 
 log = logging.getLogger("vp_rl")
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import hydra
 import torch
-from command_line import quiet_libraries
 from evaluate_blind import ask, check  # these lie beside this file
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +24,7 @@ from vp_rl.evaluation.images import Evaluation, Evaluator
 from vp_rl.evaluation.lock import hold
 from vp_rl.evaluation.settings import publishable
 from vp_rl.evaluation.store import Kept, Store, fingerprint
+from vp_rl.evaluation.terminal import quiet_libraries
 from vp_rl.interfaces import Policy, Reward
 
 log = logging.getLogger("vp_rl")

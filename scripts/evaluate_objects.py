@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from command_line import quiet_libraries
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from run_settings import command, device_of, find, kept_of, plain_errors, said, sampler_of, with_given
@@ -18,6 +17,7 @@ from vp_rl.evaluation.lock import hold
 from vp_rl.evaluation.objects import Checked, Score, Unasked, compare_tasks, examine_all
 from vp_rl.evaluation.objects_page import as_markdown, write
 from vp_rl.evaluation.store import Kept, Store, fingerprint
+from vp_rl.evaluation.terminal import quiet_libraries
 from vp_rl.interfaces import Policy
 from vp_rl.visionprefer.object_prompts import ObjectPrompts
 

@@ -15,10 +15,11 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
 
 import hydra
-from command_line import is_full, quiet_libraries, start, stop  # it lies beside this file
+from command_line import start  # it lies beside this file
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vp_rl.evaluation.terminal import is_full, quiet_libraries, stop
 from vp_rl.policies import export
 from vp_rl.policies.pipelines import Source
 

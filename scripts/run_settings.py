@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from command_line import is_full, stop  # it lies beside this file
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from omegaconf import OmegaConf
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vp_rl.evaluation.settings import override
 from vp_rl.evaluation.store import Kept, Store, fingerprint
+from vp_rl.evaluation.terminal import is_full, stop
 from vp_rl.interfaces import Policy, Unanswered
 
 _TRAINING = ("lora", "gradient_checkpointing")  # of a policy's settings: what changes nothing in the base's images

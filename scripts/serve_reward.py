@@ -17,7 +17,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import:
 import hydra
 import torch
 from aiohttp import web
-from command_line import quiet_libraries, start, stop  # it lies beside this file
+from command_line import start  # it lies beside this file
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from safetensors.torch import save
 
+from vp_rl.evaluation.terminal import quiet_libraries, stop
 from vp_rl.interfaces import Reward
 from vp_rl.rewards.remote import SERVED, TOKEN, decode
 

@@ -20,9 +20,10 @@ from test_checkpoint import written
 
 import train
 from scripts import command_line
-from scripts.command_line import CONF, NAMED_HERE, is_full, named, nearest, prepare, readable
+from scripts.command_line import CONF, NAMED_HERE, named, nearest, prepare, readable
 from vp_rl.callbacks.checkpoint_files import order
 from vp_rl.evaluation.lock import free, hold, is_held
+from vp_rl.evaluation.terminal import is_full, quiet_libraries
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 SWEEPS = sorted(file.stem for file in (CONF / "sweep").glob("*.yaml"))
@@ -351,7 +352,7 @@ def test_bars_of_libraries_are_not_written_into_files(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     for library in (diffusers, transformers):
         library.enable_progress_bar()
-    with command_line.quiet_libraries():
+    with quiet_libraries():
         assert not transformers.is_progress_bar_enabled()
         assert not diffusers.is_progress_bar_enabled()
 
@@ -359,7 +360,7 @@ def test_bars_of_libraries_are_not_written_into_files(monkeypatch: pytest.Monkey
 _BAR = """
 import logging, sys, time
 from tqdm import tqdm
-from scripts.command_line import quiet_libraries
+from vp_rl.evaluation.terminal import quiet_libraries
 logging.basicConfig(stream=sys.stdout, format="%(message)s", level=logging.INFO)
 with quiet_libraries(), tqdm(total=10, mininterval=0, ncols=60, nrows=20) as bar:
     bar.update()
