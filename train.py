@@ -5,31 +5,36 @@ python train.py experiment=refl_vpscore          the same through the reward's g
 python train.py experiment=vpscore               build VisionPrefer and train the reward model on it
 """
 
+from __future__ import annotations
+
 import logging
 import os
+import re
 import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
 
 import hydra
-import lightning
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
+from hydra.errors import CompactHydraException, InstantiationException
 from hydra.types import RunMode
 from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vp_rl.callbacks.checkpoint_files import differences, newest, order, read
+from scripts.command_line import CONF, NAMED_HERE, start, stay_alone
 from vp_rl.configuration.check import check
 from vp_rl.configuration.own import AUTOMATIC, TRAIN
-from vp_rl.planning.devices import check_devices
-from vp_rl.planning.geometry import automatic, is_wanted
-from vp_rl.secrets import guard, masked
+from vp_rl.evaluation.lock import is_held
+from vp_rl.evaluation.terminal import is_full, quiet_libraries, stop
+from vp_rl.secrets import masked
+
+if TYPE_CHECKING:  # `--help` and mistyped settings need not wait for it
+    import lightning
 
 log = logging.getLogger("vp_rl")
 
@@ -37,12 +42,18 @@ log = logging.getLogger("vp_rl")
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> float | None:
     """One run; its result is what a sweep maximises."""
+    folder = Path(HydraConfig.get().runtime.output_dir)
     try:
-        return _as_job(config) if _is_job() and not config.dry_run else run(config)
+        with quiet_libraries():
+            return _as_job(config) if _is_job() and not config.dry_run else run(config)
     except InstantiationException as error:
-        _stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError) else error)
+        _stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError) else error, folder)
     except (ValueError, OSError, OmegaConfBaseException) as error:
-        _stop(error)
+        _stop(error, folder)
+    except Exception as error:
+        if not is_full(error):  # each library has an exception of its own for that
+            raise
+        _stop(error, folder)
 
 
 def _as_job(config: DictConfig) -> float | None:
@@ -62,23 +73,33 @@ def run(config: DictConfig) -> float | None:
     Returns:
         The held-out judge's mean rating gain for a policy, or the test accuracy of a reward model; None of a dry run.
     """
+    import lightning
+    from lightning.pytorch.utilities import rank_zero_only
+
+    from vp_rl.planning.devices import check_devices
+
     folder = Path(HydraConfig.get().runtime.output_dir)
     asked: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     written: Any = OmegaConf.to_container(config)
     check(asked, TRAIN, written=written, folder=folder, later=AUTOMATIC)
+    if rank_zero_only.rank == 0 and not _is_job():  # a job has its own lock; torchrun's and SLURM's processes come here
+        stay_alone(folder)
     lightning.seed_everything(config.seed, workers=True, verbose=False)
     check_devices(config.trainer, lambda: instantiate(config.trainer, logger=False, enable_checkpointing=False))
+    _check_length(config.trainer)
     planned = _planned(config)
     if config.dry_run:
         return None
     data = instantiate(config.data)
     settings: dict[str, Any] = masked(OmegaConf.to_container(config, resolve=True))
     checkpoint = _checkpoint(config.resume or ("auto" if _is_job() else None), folder, settings)
+    if checkpoint is None and config.resume:
+        log.info("resume=%s: nothing to go on from, the run begins", config.resume)
     algorithm = planned or instantiate(config.algorithm)
     trainer: lightning.Trainer = instantiate(
         config.trainer, callbacks=_present(config.callbacks), logger=_present(config.logger)
     )
-    from vp_rl.callbacks.checkpoint import RunCheckpoints  # `--help` and mistyped settings need not wait for it
+    from vp_rl.callbacks.checkpoint import RunCheckpoints
     from vp_rl.callbacks.trackers import tracked
 
     if isinstance(trainer.checkpoint_callback, RunCheckpoints):
@@ -102,6 +123,8 @@ def _planned(config: DictConfig) -> lightning.LightningModule | None:
     Returns:
         The algorithm, which had to be built for that; None: there was nothing to be done.
     """
+    from vp_rl.planning.geometry import automatic, is_wanted
+
     settings: dict[str, Any] = OmegaConf.to_container(config, resolve=True)  # type: ignore[assignment]
     if not is_wanted(settings):
         return None
@@ -138,6 +161,8 @@ def _checkpoint(resume: str | None, folder: Path, settings: dict[str, Any]) -> P
         ValueError: the file is no checkpoint, or of a run with other settings; or the folder has a run's checkpoints
             and nobody said to go on.
     """
+    from vp_rl.callbacks.checkpoint_files import differences, newest
+
     own = folder / "checkpoints"
     if resume is None:
         if any(own.glob("*.ckpt")):
@@ -147,10 +172,9 @@ def _checkpoint(resume: str | None, folder: Path, settings: dict[str, Any]) -> P
         return None
     if resume != "auto":
         found = _given(Path(resume))
-    elif (found := newest(own)) is None and _is_named_by_hydra():
+    elif (found := newest(own)) is None and os.environ.get(NAMED_HERE) == str(folder):
         found = _beside(folder, settings)
     if found is None:
-        log.info("resume=%s: nothing to go on from, the run begins", resume)
         return None
     path, content = found
     before = content.get("run", {}).get("settings", settings)
@@ -171,6 +195,8 @@ def _checkpoint(resume: str | None, folder: Path, settings: dict[str, Any]) -> P
 
 def _given(path: Path) -> tuple[Path, dict[str, Any]]:
     """The checkpoint that a user names, or the newest of a folder."""
+    from vp_rl.callbacks.checkpoint_files import newest, read
+
     if path.is_file():
         try:
             return path, read(path)
@@ -183,9 +209,13 @@ def _given(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _beside(folder: Path, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]] | None:
-    """The newest unfinished run of the same settings, of those that Hydra put beside this one."""
+    """The newest unfinished run of the same settings, of those beside this one; what is still running is left alone."""
+    from vp_rl.callbacks.checkpoint_files import differences, newest
+
     runs = {file.parents[1] for file in folder.parent.glob("*/checkpoints/*.ckpt")}
     for run in sorted(runs, reverse=True):  # by their date
+        if is_held(run):
+            continue
         found = newest(run / "checkpoints")
         if found is None or _is_finished(*found, settings):
             continue
@@ -197,6 +227,8 @@ def _beside(folder: Path, settings: dict[str, Any]) -> tuple[Path, dict[str, Any
 
 def _is_finished(checkpoint: Path, content: dict[str, Any], settings: dict[str, Any]) -> bool:
     """Whether a run has trained to its end, or was stopped for good, and was then evaluated if that was wanted."""
+    from vp_rl.callbacks.checkpoint_files import order
+
     stopped = content.get("run", {}).get("stopped", False)
     evaluated = (checkpoint.parents[1] / "summary.json").is_file() or not settings["callbacks"].get("held_out")
     return evaluated and (stopped or order(checkpoint)[0] == settings["trainer"]["max_epochs"])
@@ -207,24 +239,52 @@ def _is_job() -> bool:
     return HydraConfig.get().mode == RunMode.MULTIRUN
 
 
-def _is_named_by_hydra() -> bool:
-    chosen = HydraConfig.get()
-    return chosen.mode == RunMode.RUN and not any("hydra.run.dir=" in given for given in chosen.overrides.hydra)
-
-
 def _objective(trainer: lightning.Trainer, name: str) -> float | None:
     value = trainer.callback_metrics.get(name)
     return None if value is None else float(value)
 
 
-def _stop(error: BaseException) -> None:
+def _stop(error: BaseException, folder: Path) -> NoReturn:
     """One message for what the user can put right; HYDRA_FULL_ERROR=1 shows where it came from.
 
     A sweep goes on with its other jobs, and ends with the message of the first that failed.
     """
-    if os.environ.get("HYDRA_FULL_ERROR") == "1" or _is_job():
-        raise error
-    sys.exit(f"error: {error}")
+    more = _kept(folder) if is_full(error) else ""
+    if _is_job() and os.environ.get("HYDRA_FULL_ERROR") != "1":
+        raise CompactHydraException(f"error: job {folder.name}: {error}{more}") from None
+    stop(error, more)
+
+
+def _kept(folder: Path) -> str:
+    """What a full disk has left of a run."""
+    from vp_rl.callbacks.checkpoint_files import order
+
+    newest = max((folder / "checkpoints").glob("*.ckpt"), key=order, default=None)
+    if newest is None:
+        return f"\nThe disk of {folder} is full, and no checkpoint was written: free some space and start again."
+    again = "the same command" if _is_job() else f"the same command with resume={folder}"
+    return f"\nThe disk of {folder} is full. All until {newest} is safe: free space, and {again} goes on."
+
+
+def _check_length(trainer: DictConfig) -> None:
+    """Raises ValueError where nothing would be trained."""
+    for name in ("max_epochs", "max_steps", "limit_train_batches"):
+        if trainer.get(name) == 0:
+            raise ValueError(f"trainer.{name}=0 trains nothing: give more; dry_run=true shows what a run would do.")
+
+
+def _needs_experiment(config: DictConfig, given: list[str]) -> None:
+    """Ends with the list of them where none was chosen: the defaults alone are settings that nobody has tried."""
+    chosen = config.hydra.runtime.choices.get("experiment")
+    if chosen not in (None, "null") or any(word.startswith("name=") for word in given):
+        return
+    lines = []
+    for file in sorted((CONF / "experiment").glob("*.yaml")):
+        about = file.read_text(encoding="utf-8").splitlines()[2].lstrip("# ")
+        lines.append(f"  python train.py experiment={file.stem:18} {re.split(r'[:,.] |[.]$', about)[0]}")
+    end = "error: which experiment? One of these, or settings of your own with a name: name=..."
+    sys.stderr.write("\n".join([*lines, "", end, ""]))
+    sys.exit(2)
 
 
 def _quieten() -> None:
@@ -243,6 +303,5 @@ def _quieten() -> None:
 
 
 if __name__ == "__main__":
-    guard()
     _quieten()
-    main()
+    start(main, "train", check=_needs_experiment, alone=True)

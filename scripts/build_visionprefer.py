@@ -13,6 +13,7 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
 
 import hydra
+from command_line import start  # it lies beside this file
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -21,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vp_rl.configuration.check import check
 from vp_rl.configuration.own import BUILD
-from vp_rl.secrets import guard
+from vp_rl.evaluation.terminal import quiet_libraries, stop
 from vp_rl.visionprefer import schema
 from vp_rl.visionprefer.build import STAGES, Builder
 from vp_rl.visionprefer.export import push
@@ -33,7 +34,8 @@ log = logging.getLogger("vp_rl")
 def main(config: DictConfig) -> None:
     """One build, or its estimate."""
     try:
-        run(config)
+        with quiet_libraries():
+            run(config)
     except InstantiationException as error:
         stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError | ImportError) else error)
     except (ValueError, OSError, OmegaConfBaseException) as error:
@@ -75,14 +77,6 @@ def as_markdown(estimates: list) -> str:
     return "\n".join(lines)
 
 
-def stop(error: BaseException) -> None:
-    """One message for what the user can put right; HYDRA_FULL_ERROR=1 shows where it came from."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        raise error
-    sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    guard()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # of a CPU kernel that nobody uses here
-    main()
+    start(main, "build")

@@ -23,6 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import:
 
 import hydra
 import torch
+from command_line import nearest, start  # these lie beside this file
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from run_settings import look, names_in, plain_errors  # it lies beside this file
@@ -31,9 +32,10 @@ from vp_rl.configuration.own import ACCURACY
 from vp_rl.data.sets.base import HumanSet, Judged
 from vp_rl.evaluation.accuracy_report import console, write
 from vp_rl.evaluation.human_accuracy import Result, measure
+from vp_rl.evaluation.lock import hold
 from vp_rl.evaluation.scoring import Scorer, fingerprint, score_set
 from vp_rl.evaluation.settings import command
-from vp_rl.secrets import guard
+from vp_rl.evaluation.terminal import quiet_libraries
 
 log = logging.getLogger("vp_rl")
 
@@ -45,7 +47,8 @@ _COMMAND = command(["python", "scripts/evaluate.py", *sys.argv[1:]])
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def accuracy(config: DictConfig) -> None:
     """Rewards on sets of human judgements."""
-    with plain_errors("all scores are"):
+    with plain_errors("all scores are"), quiet_libraries():
+        _alone = hold(Path(config.folder), "give another folder=...")
         results = evaluate(config)
         print(console(results))
         log.info("report: %s", write(results, Path(config.folder), _COMMAND))
@@ -111,9 +114,13 @@ def expand(arguments: Sequence[str]) -> list[str]:
 def main() -> None:
     """Finds out what is to be evaluated, and leaves the rest to Hydra; what people say to argparse."""
     command = sys.argv[1] if len(sys.argv) > 1 else ""
+    if command in ("", "-h", "--help"):
+        print((__doc__ or "").strip(), file=sys.stdout if command else sys.stderr)
+        sys.exit(0 if command else 2)
     if command not in COMMANDS:
+        meant = "".join(f" Did you mean {name}?" for name in nearest(command, COMMANDS))
         sys.exit(
-            f"error: {command!r} is nothing that can be evaluated: choose from {', '.join(COMMANDS)}, as in "
+            f"error: {command!r} is nothing that can be evaluated.{meant} Choose from {', '.join(COMMANDS)}, as in "
             "`python scripts/evaluate.py accuracy reward=vp_score data=visionprefer`."
         )
     if command == "blind":
@@ -127,16 +134,15 @@ def main() -> None:
     from evaluate_objects import objects
 
     kinds = {
-        "accuracy": (accuracy, expand),
-        "images": (images, expand_images),
-        "objects": (objects, expand_objects),
+        "accuracy": (accuracy, expand, "evaluate"),
+        "images": (images, expand_images, "evaluate_images"),
+        "objects": (objects, expand_objects, "evaluate_objects"),
     }
-    run, expanded = kinds[command]
+    run, expanded, config = kinds[command]
     with plain_errors("nothing is"):
         sys.argv[1:] = expanded(sys.argv[2:])
-    run()
+    start(run, config)
 
 
 if __name__ == "__main__":
-    guard()
     main()

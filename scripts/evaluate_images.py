@@ -22,8 +22,10 @@ from vp_rl.evaluation.conclusion import ALONE, PAIRS, conclude, publish
 from vp_rl.evaluation.distances import Encoder, distances, images_in, sees_whole
 from vp_rl.evaluation.duel import duels
 from vp_rl.evaluation.images import Evaluation, Evaluator
+from vp_rl.evaluation.lock import hold
 from vp_rl.evaluation.settings import publishable
 from vp_rl.evaluation.store import Kept, Store, fingerprint
+from vp_rl.evaluation.terminal import quiet_libraries
 from vp_rl.interfaces import Policy, Reward
 
 log = logging.getLogger("vp_rl")
@@ -36,7 +38,9 @@ _NODES = ("policy", "reward", "prompts", "annotator")
 )
 def images(config: DictConfig) -> None:
     """One adapter."""
-    with plain_errors("what was made is"):
+    with plain_errors("what was made is"), quiet_libraries():
+        find(Path(config.adapter))  # before a folder is made in it
+        _alone = hold(Path(config.folder), "give another folder=...")
         evaluate(config)
 
 

@@ -14,9 +14,11 @@ from tqdm import tqdm
 from vp_rl.configuration.own import OBJECTS
 from vp_rl.evaluation.geneval import Detector
 from vp_rl.evaluation.images import Evaluator
+from vp_rl.evaluation.lock import hold
 from vp_rl.evaluation.objects import Checked, Score, Unasked, compare_tasks, examine_all
 from vp_rl.evaluation.objects_page import as_markdown, write
 from vp_rl.evaluation.store import Kept, Store, fingerprint
+from vp_rl.evaluation.terminal import quiet_libraries
 from vp_rl.interfaces import Policy
 from vp_rl.visionprefer.object_prompts import ObjectPrompts
 
@@ -31,7 +33,9 @@ _ABOUT = (
 )
 def objects(config: DictConfig) -> None:
     """One adapter."""
-    with plain_errors("what was made is"):
+    with plain_errors("what was made is"), quiet_libraries():
+        find(Path(config.adapter))  # before a folder is made in it
+        _alone = hold(Path(config.folder), "give another folder=...")
         evaluate(config)
 
 

@@ -7,7 +7,6 @@ python scripts/export_adapter.py --help
 import json
 import logging
 import os
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,14 +14,16 @@ from typing import Any
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import: it warns of missing torchvision
 
 import hydra
+from command_line import start  # it lies beside this file
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vp_rl.configuration.check import check
 from vp_rl.configuration.own import EXPORT
+from vp_rl.evaluation.terminal import is_full, quiet_libraries, stop
 from vp_rl.policies import export
 from vp_rl.policies.pipelines import Source
-from vp_rl.secrets import guard, mask, masked
+from vp_rl.secrets import mask, masked
 
 FORMATS = ("diffusers", "kohya", "merged")
 _SAID = ("policy", "algorithm", "reward", "sampler", "data", "prompts", "seed", "trainer")  # of the settings
@@ -34,11 +35,14 @@ def main(config: DictConfig) -> None:
     try:
         asked: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
         check(asked, EXPORT)
-        print(f"written: {write(Path(config.run), config.to, Path(config.folder))}")
+        with quiet_libraries():
+            print(f"written: {write(Path(config.run), config.to, Path(config.folder))}")
     except (ValueError, OSError, OmegaConfBaseException) as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        stop(error)
+    except Exception as error:
+        if not is_full(error):
             raise
-        sys.exit(f"error: {error}")
+        stop(error, "\nThe disk is full: free some space, or give another folder=...")
 
 
 def write(run: Path, to: str, folder: Path) -> Path:
@@ -85,6 +89,5 @@ def describe(config: Any, base: str) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    guard()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a CPU kernel that this system does not use
-    main()
+    start(main, "export")

@@ -25,6 +25,7 @@ from vp_rl.evaluation.asking import rate
 from vp_rl.evaluation.images import Evaluator
 from vp_rl.evaluation.looks import Pixels
 from vp_rl.evaluation.store import Store
+from vp_rl.evaluation.terminal import quiet_libraries
 from vp_rl.interfaces import Policy
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
@@ -48,7 +49,7 @@ def main() -> None:
         parser.error("--names: one for each run, all different, and none of them `base`")
     if given.every < 1:
         parser.error("--every: 1 is all of them")
-    with plain_errors("what was made is"):
+    with plain_errors("what was made is"), quiet_libraries():
         made = make(given.runs, names, given.prompts, given.every, given.seed, given.device, given.judge)
         draw(*made).savefig(given.to, dpi=100)
     print(f"{len(made[0])} prompts: {given.to}")

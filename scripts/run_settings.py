@@ -1,7 +1,6 @@
 """What the commands of evaluate.py have in common: a run's adapter and settings, and errors in one line."""
 
 import json
-import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from vp_rl.configuration.check import check
 from vp_rl.evaluation.settings import command as pasted
 from vp_rl.evaluation.store import Kept, Store, fingerprint
+from vp_rl.evaluation.terminal import is_full, stop
 from vp_rl.interfaces import Policy, Unanswered
 
 _TRAINING = ("lora", "gradient_checkpointing")  # of a policy's settings: what changes nothing in the base's images
@@ -29,13 +29,17 @@ def plain_errors(kept: str) -> Iterator[None]:
     try:
         yield
     except InstantiationException as error:
-        _stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError | ImportError) else error)
-    except (ValueError, OSError, OmegaConfBaseException) as error:
-        _stop(error)
+        stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError | ImportError) else error)
     except Unanswered as error:
         sys.exit(f"error: {error}\n{kept} kept: start the same command again to go on")
     except KeyboardInterrupt:
         sys.exit(f"stopped; {kept} kept, start the same command again to go on")
+    except Exception as error:
+        if is_full(error):
+            stop(error, f"\nThe disk is full; {kept} kept: free some space, and start the same command again to go on")
+        if not isinstance(error, ValueError | OSError | OmegaConfBaseException):
+            raise
+        stop(error)
 
 
 def look(config: Any, own: Mapping[str, Any] | None = None) -> None:
@@ -44,12 +48,6 @@ def look(config: Any, own: Mapping[str, Any] | None = None) -> None:
     asked: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     written: Any = {} if own is None else OmegaConf.to_container(config)  # a run's settings are resolved already
     check(asked, own, written=written, folder=folder)
-
-
-def _stop(error: BaseException) -> None:
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        raise error
-    sys.exit(f"error: {error}")
 
 
 def names_in(argument: str) -> list[str]:

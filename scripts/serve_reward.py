@@ -8,7 +8,6 @@ import asyncio
 import hmac
 import logging
 import os
-import sys
 import zlib
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +19,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before their import:
 import hydra
 import torch
 from aiohttp import web
+from command_line import start  # it lies beside this file
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
@@ -30,9 +30,10 @@ from safetensors.torch import save
 
 from vp_rl.configuration.check import check
 from vp_rl.configuration.own import SERVE
+from vp_rl.evaluation.terminal import quiet_libraries, stop
 from vp_rl.interfaces import Reward
 from vp_rl.rewards.remote import SERVED, TOKEN, decode
-from vp_rl.secrets import guard, mask, read
+from vp_rl.secrets import mask, read
 
 log = logging.getLogger("vp_rl")
 
@@ -126,7 +127,8 @@ async def _plain_errors(
 def main(config: DictConfig) -> None:
     """Serves until it is stopped."""
     try:
-        serve(config)
+        with quiet_libraries():
+            serve(config)
     except InstantiationException as error:
         stop(error.__cause__ if isinstance(error.__cause__, ValueError | OSError | ImportError) else error)
     except (ValueError, OSError, OmegaConfBaseException) as error:
@@ -163,13 +165,5 @@ def serve(config: DictConfig) -> None:
     )
 
 
-def stop(error: BaseException) -> None:
-    """One message for what the user can put right; HYDRA_FULL_ERROR=1 shows where it came from."""
-    if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        raise error
-    sys.exit(f"error: {error}")
-
-
 if __name__ == "__main__":
-    guard()
-    main()
+    start(main, "serve")

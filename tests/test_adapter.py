@@ -121,10 +121,10 @@ def test_a_run_whose_end_was_lost_writes_the_average_without_training_again(tmp_
 
 def test_an_average_may_begin_or_end_where_a_run_is_resumed(tmp_path: Path) -> None:
     _, updates = run(tmp_path, None)
-    begun = {"resume": tmp_path / "checkpoints" / "epoch=0001.ckpt", "default_root_dir": tmp_path}
+    begun = {"resume": tmp_path / "checkpoints" / "epoch-0001.ckpt", "default_root_dir": tmp_path}
     fit(ddpo(LinearPolicy(), Counting()), tmp_path / "on", RunAdapter(0.9), **begun)
     torch.testing.assert_close(written(tmp_path), average(updates[8:], 0.9), rtol=1e-5, atol=1e-7)
-    last = {"resume": tmp_path / "on" / "epoch=0002.ckpt", "default_root_dir": tmp_path}
+    last = {"resume": tmp_path / "on" / "epoch-0002.ckpt", "default_root_dir": tmp_path}
     fit(ddpo(LinearPolicy(), Counting()), tmp_path / "off", RunAdapter(), **last)
     assert torch.equal(written(tmp_path), updates[-1])
 

@@ -117,13 +117,13 @@ def kills(number: int, signum: signal.Signals = signal.SIGTERM) -> Callable[[int
 def written(folder: Path, epochs: int = 1) -> Path:
     """A run's checkpoint."""
     fit(refl(LinearPolicy(), QuadraticReward()), folder, max_epochs=epochs)
-    return folder / f"epoch={epochs:04d}.ckpt"
+    return folder / f"epoch-{epochs:04d}.ckpt"
 
 
 def test_the_last_ones_are_kept_and_hold_all_that_a_run_needs(tmp_path: Path) -> None:
     fit(refl(LinearPolicy(), QuadraticReward()), tmp_path, keep=2)
-    assert names(tmp_path) == ["epoch=0002.ckpt", "epoch=0003.ckpt"]
-    content = read(tmp_path / "epoch=0003.ckpt")
+    assert names(tmp_path) == ["epoch-0002.ckpt", "epoch-0003.ckpt"]
+    content = read(tmp_path / "epoch-0003.ckpt")
     assert set(content["state_dict"]) == {"policy.bias"}
     assert set(content["optimizer_states"][0]["state"][0]) == {"step", "exp_avg", "exp_avg_sq"}
     assert content["run"] == {"settings": {}, "devices": 1, "stopped": False}
@@ -131,7 +131,7 @@ def test_the_last_ones_are_kept_and_hold_all_that_a_run_needs(tmp_path: Path) ->
 
 def test_epochs_between_checkpoints_are_a_setting_and_the_last_epoch_has_one(tmp_path: Path) -> None:
     fit(refl(LinearPolicy(), QuadraticReward()), tmp_path, every_n_epochs=2)
-    assert names(tmp_path) == ["epoch=0002.ckpt", "epoch=0003.ckpt"]
+    assert names(tmp_path) == ["epoch-0002.ckpt", "epoch-0003.ckpt"]
 
 
 @pytest.mark.parametrize("settings", [{"keep": 0}, {"every_n_epochs": 0}, {"grace": 0.0}])
@@ -141,17 +141,17 @@ def test_impossible_settings_are_refused(settings: dict[str, Any]) -> None:
 
 
 def test_a_full_disk_leaves_the_older_checkpoint_as_it_was(tmp_path: Path) -> None:
-    path, writer = tmp_path / "epoch=0001.ckpt", AtomicCheckpointIO()
+    path, writer = tmp_path / "epoch-0001.ckpt", AtomicCheckpointIO()
     writer.save_checkpoint({"state": torch.ones(3)}, path)
     before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel then refuses to write, as a full disk does
     try:
-        with pytest.raises(OSError, match=r"epoch=0001\.ckpt could not be written \(.*\)\. Earlier ones are intact"):
+        with pytest.raises(OSError, match=r"epoch-0001\.ckpt could not be written \(.*\)\. Earlier ones are intact"):
             writer.save_checkpoint({"state": torch.ones(100_000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert path.read_bytes() == before
-    assert names(tmp_path) == ["epoch=0001.ckpt"]
+    assert names(tmp_path) == ["epoch-0001.ckpt"]
 
 
 def test_a_checkpoint_has_its_name_only_when_all_of_it_is_on_the_disk(
@@ -166,9 +166,9 @@ def test_a_checkpoint_has_its_name_only_when_all_of_it_is_on_the_disk(
 
 
 def test_a_run_removes_what_a_killed_one_left_half_written(tmp_path: Path) -> None:
-    (tmp_path / ".epoch=0001.ckpt.123.tmp").write_bytes(b"half")
+    (tmp_path / ".epoch-0001.ckpt.123.tmp").write_bytes(b"half")
     written(tmp_path)
-    assert names(tmp_path) == ["epoch=0001.ckpt"]
+    assert names(tmp_path) == ["epoch-0001.ckpt"]
 
 
 def test_whoever_chose_how_checkpoints_are_written_keeps_it(tmp_path: Path) -> None:
@@ -183,31 +183,31 @@ def test_whoever_chose_how_checkpoints_are_written_keeps_it(tmp_path: Path) -> N
 def test_damaged_and_foreign_files_are_skipped_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good = written(tmp_path)
     content = bytearray(good.read_bytes())
-    (tmp_path / "epoch=0005.ckpt").write_bytes(content[: len(content) // 2])
+    (tmp_path / "epoch-0005.ckpt").write_bytes(content[: len(content) // 2])
     content[len(content) // 3] ^= 1  # one bit, which torch would read
-    (tmp_path / "epoch=0004.ckpt").write_bytes(content)
-    torch.save({"state_dict": {}}, tmp_path / "epoch=0003.ckpt")
-    (tmp_path / "epoch=0002.ckpt").write_text("not a checkpoint")
+    (tmp_path / "epoch-0004.ckpt").write_bytes(content)
+    torch.save({"state_dict": {}}, tmp_path / "epoch-0003.ckpt")
+    (tmp_path / "epoch-0002.ckpt").write_text("not a checkpoint")
     caplog.clear()
     found = newest(tmp_path)
     assert found is not None
     assert found[0] == good
-    assert all(any(f"epoch=000{number}.ckpt" in said for said in caplog.messages) for number in (2, 3, 4, 5))
+    assert all(any(f"epoch-000{number}.ckpt" in said for said in caplog.messages) for number in (2, 3, 4, 5))
     assert len(caplog.messages) == 4
 
 
 def test_a_folder_without_a_checkpoint_has_no_newest_one(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert newest(tmp_path / "absent") is None
-    (tmp_path / "epoch=0001.ckpt").write_bytes(b"")
+    (tmp_path / "epoch-0001.ckpt").write_bytes(b"")
     assert newest(tmp_path) is None
     assert "none of the 1 checkpoints" in caplog.messages[-1]
 
 
 def test_the_newest_checkpoint_is_the_one_furthest_on(tmp_path: Path) -> None:
     content = written(tmp_path / "run").read_bytes()
-    for name in ("last", "epoch=0010", "epoch=0009-batch=0011", "epoch=0010-batch=0002", "epoch=0002"):
+    for name in ("last", "epoch-0010", "epoch-0009-batch-0011", "epoch-0010-batch-0002", "epoch-0002"):
         (tmp_path / f"{name}.ckpt").write_bytes(content)
-    assert latest(tmp_path).name == "epoch=0010-batch=0002.ckpt"
+    assert latest(tmp_path).name == "epoch-0010-batch-0002.ckpt"
 
 
 # --- settings
@@ -323,11 +323,11 @@ two_passes = partial(ddpo, inner_epochs=2)
 @pytest.mark.parametrize(
     ("make", "stop", "last"),
     [
-        (ddpo, 6, "epoch=0001-batch=0002.ckpt"),  # the round is broken off: the one before is the second epoch's first
-        (ddpo, 5, "epoch=0001.ckpt"),  # before the second epoch's first round is done
-        (two_passes, 7, "epoch=0001-batch=0008.ckpt"),
-        (refl, 6, "epoch=0001-batch=0002.ckpt"),  # the update is finished
-        (refl, 8, "epoch=0002.ckpt"),  # and the epoch, if it is the last one
+        (ddpo, 6, "epoch-0001-batch-0002.ckpt"),  # the round is broken off: the one before is the second epoch's first
+        (ddpo, 5, "epoch-0001.ckpt"),  # before the second epoch's first round is done
+        (two_passes, 7, "epoch-0001-batch-0008.ckpt"),
+        (refl, 6, "epoch-0001-batch-0002.ckpt"),  # the update is finished
+        (refl, 8, "epoch-0002.ckpt"),  # and the epoch, if it is the last one
     ],
 )
 def test_a_run_stopped_while_images_are_scored_keeps_all_its_updates(
@@ -345,7 +345,7 @@ def test_a_run_stopped_in_an_update_finishes_its_round(signum: signal.Signals, t
     with pytest.raises(Interrupted) as stopped:
         fit(two_passes(Counted(kills(9, signum)), Counting()), tmp_path / "run")  # third round: updates 9 to 12
     assert stopped.value.code == 128 + signum
-    assert names(tmp_path / "run") == ["epoch=0000-batch=0012.ckpt"]
+    assert names(tmp_path / "run") == ["epoch-0000-batch-0012.ckpt"]
     assert torch.equal(resumed(two_passes, tmp_path / "run"), unbroken(two_passes, tmp_path / "whole"))
 
 
@@ -358,7 +358,7 @@ def test_a_signal_is_not_passed_on_to_a_run_that_is_over(tmp_path: Path) -> None
     finally:
         signal.signal(signal.SIGUSR1, before)
     assert stopped.value.code == 128 + signal.SIGUSR1
-    assert names(tmp_path / "second") == ["epoch=0000-batch=0012.ckpt"]
+    assert names(tmp_path / "second") == ["epoch-0000-batch-0012.ckpt"]
 
 
 def test_accumulated_gradients_are_not_lost(tmp_path: Path) -> None:
@@ -369,7 +369,7 @@ def test_accumulated_gradients_are_not_lost(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         # A round is 3 micro-batches, an update 2: the run can be stopped after 6 of an epoch's 12.
         accumulating(LinearPolicy(), Counting(kills(2)), tmp_path / "run")
-    assert names(tmp_path / "run") == ["epoch=0000-batch=0006.ckpt"]
+    assert names(tmp_path / "run") == ["epoch-0000-batch-0006.ckpt"]
     accumulating(second, Counting(), tmp_path / "run", latest(tmp_path / "run"))
     accumulating(whole, Counting(), tmp_path / "whole")
     assert torch.equal(second.bias, whole.bias)
@@ -416,8 +416,8 @@ def test_who_presses_control_c_twice_does_not_want_to_wait(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("algorithm", "last"),
     [
-        (lambda: refl(Counted(kills(2, signal.SIGUSR1)), Counting()), "epoch=0000-batch=0002.ckpt"),  # in an update
-        (lambda: ddpo(LinearPolicy(), Counting(kills(6, signal.SIGUSR1))), "epoch=0001-batch=0002.ckpt"),  # in a round
+        (lambda: refl(Counted(kills(2, signal.SIGUSR1)), Counting()), "epoch-0000-batch-0002.ckpt"),  # in an update
+        (lambda: ddpo(LinearPolicy(), Counting(kills(6, signal.SIGUSR1))), "epoch-0001-batch-0002.ckpt"),  # in a round
     ],
 )
 def test_a_handler_that_requeues_the_job_is_called_when_the_checkpoint_is_there(
@@ -475,7 +475,7 @@ class Stop(lightning.Callback):
 def test_a_run_that_stopped_before_its_last_epoch_is_finished_once_it_is_evaluated(tmp_path: Path) -> None:
     fit(refl(LinearPolicy(), QuadraticReward()), tmp_path / "checkpoints", Stop())
     watched: dict[str, Any] = {"trainer": {"max_epochs": EPOCHS}, "callbacks": {"held_out": {"every": 1}}}
-    begun, stopped = ((path := tmp_path / "checkpoints" / f"epoch=000{n}.ckpt", read(path)) for n in (1, 2))
+    begun, stopped = ((path := tmp_path / "checkpoints" / f"epoch-000{n}.ckpt", read(path)) for n in (1, 2))
     assert not _is_finished(*stopped, watched)
     assert _is_finished(*stopped, watched | {"callbacks": {"held_out": None}})
     (tmp_path / "summary.json").write_text("{}")
@@ -497,7 +497,7 @@ def test_a_run_stopped_in_its_last_epoch_leaves_the_last_evaluation_to_the_resum
         fit(refl(LinearPolicy(), Counting(kills(EPOCHS * BATCHES))), tmp_path, Watch(takes=30))
     assert time.monotonic() - started < 20
     assert stopped.value.code == 128 + signal.SIGTERM
-    assert latest(tmp_path).name == f"epoch={EPOCHS:04d}.ckpt"
+    assert latest(tmp_path).name == f"epoch-{EPOCHS:04d}.ckpt"
 
 
 def test_a_run_stopped_at_an_epochs_end_has_logged_that_epoch(tmp_path: Path) -> None:

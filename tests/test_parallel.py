@@ -251,7 +251,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def adapter(folder: Path) -> dict[str, Tensor]:
-    state = read(folder / "epoch=0003.ckpt")["state_dict"]
+    state = read(folder / "epoch-0003.ckpt")["state_dict"]
     return {name: tensor for name, tensor in state.items() if name.startswith("policy.")}
 
 
@@ -263,7 +263,7 @@ def test_processes_stop_together_whichever_is_told_and_lose_nothing(
     """Told while the sixth round's images are scored: what was learned of five rounds is kept."""
     codes = two_processes(epochs, tmp_path, told)
     assert codes == [128 + signal.SIGTERM] * 2
-    assert names(tmp_path) == ["epoch=0001-batch=0004.ckpt", "epoch=0001.ckpt"]
+    assert names(tmp_path) == ["epoch-0001-batch-0004.ckpt", "epoch-0001.ckpt"]
     assert two_processes(epochs, tmp_path, (), latest(tmp_path)) == [0, 0]
     found = adapter(tmp_path)
     assert all(torch.equal(tensor, found[name]) for name, tensor in adapter(undisturbed).items())
@@ -276,7 +276,7 @@ def test_a_run_goes_on_with_another_number_of_devices(
     twice = partial(PromptDataModule, batch_size=8)
     monkeypatch.setattr(test_checkpoint, "PromptDataModule", lambda words, batch_size, **rest: twice(words, **rest))
     algorithm = test_checkpoint.ddpo(Mixing(), Counting(), train_batch=48, inner_epochs=2)
-    test_checkpoint.fit(algorithm, tmp_path, resume=undisturbed / "epoch=0001.ckpt")
+    test_checkpoint.fit(algorithm, tmp_path, resume=undisturbed / "epoch-0001.ckpt")
     assert any("was on 2 devices and goes on with 1" in said for said in caplog.messages)
     found = adapter(tmp_path)
     assert found.keys() == adapter(undisturbed).keys()
@@ -322,7 +322,7 @@ def test_fsdp_trains_and_saves_the_adapter_of_ddp(tmp_path: Path) -> None:
     start = {name: tensor for name, tensor in tiny_sd().state_dict(prefix="policy.").items() if "lora" in name}
     for strategy in ("ddp", "fsdp"):
         assert two_processes(sharded, tmp_path / strategy, strategy) == [0, 0]
-    ddp, fsdp = (read(tmp_path / strategy / "epoch=0001.ckpt")["state_dict"] for strategy in ("ddp", "fsdp"))
+    ddp, fsdp = (read(tmp_path / strategy / "epoch-0001.ckpt")["state_dict"] for strategy in ("ddp", "fsdp"))
     assert fsdp.keys() == ddp.keys()
     assert fsdp.pop("reward._extra_state") == ddp.pop("reward._extra_state")
     assert max((tensor - start[name]).abs().max().item() for name, tensor in ddp.items()) > 1e-3
@@ -337,7 +337,7 @@ def test_fsdp_trains_and_saves_the_adapter_of_ddp(tmp_path: Path) -> None:
 @torch.no_grad()
 def test_fsdp_resumes_and_diffusers_reads_what_it_leaves(tmp_path: Path) -> None:
     assert two_processes(sharded, tmp_path / "whole", "fsdp", 2) == [0, 0]
-    half = tmp_path / "whole" / "epoch=0001.ckpt"
+    half = tmp_path / "whole" / "epoch-0001.ckpt"
     assert two_processes(sharded, tmp_path / "rest", "fsdp", 2, half) == [0, 0]
     whole, rest = left(tmp_path / "whole"), left(tmp_path / "rest")
     assert whole.keys() == rest.keys()

@@ -45,7 +45,7 @@ def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def checkpoint(folder: Path, number: int) -> Path:
-    return folder / "checkpoints" / f"epoch={number:04d}.ckpt"
+    return folder / "checkpoints" / f"epoch-{number:04d}.ckpt"
 
 
 def seconds_an_epoch(folder: Path) -> float:
@@ -81,7 +81,7 @@ def test_a_run_killed_at_any_moment_ends_as_an_unbroken_one(
 
     def is_reached() -> bool:
         if seed == 5:
-            return any((folder / "checkpoints").glob(".epoch=000[2-5]*.tmp"))
+            return any((folder / "checkpoints").glob(".epoch-000[2-5]*.tmp"))
         return checkpoint(folder, number).exists() if number else has_begun(folder)
 
     code = stop(folder, kind, signal.SIGKILL, is_reached, after if seed < 5 else 0.0)

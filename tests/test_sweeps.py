@@ -21,6 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from test_train import DDPO, ROOT
 
+from scripts.command_line import named
 from vp_rl.callbacks.pruning import SweepPruning
 from vp_rl.evaluation.job import Job
 
@@ -301,14 +302,19 @@ def results(folder: Path) -> dict[str, tuple[int, str]]:
 
 @pytest.mark.slow
 def test_a_sweep_of_eight_killed_at_random_has_eight_results_and_none_done_twice(tmp_path: Path) -> None:
-    folder, draw = tmp_path / "sweep", random.Random(6)
+    draw = random.Random(6)
     short = ("trainer.max_epochs=1", "data.batches_per_epoch=1", "evaluation.limit=4", "evaluation.seeds=[0]")
     small = ("callbacks.held_out.small=4", "evaluation.sampler.steps=2")
-    command = [sys.executable, "train.py", "-m", *DDPO, *short, *small, "seed=range(8)", f"hydra.sweep.dir={folder}"]
+    words = [*DDPO, *short, *small, "seed=range(8)"]  # no folder: the same words go on
+    folder, command = (
+        tmp_path / "multirun" / "ddpo_vpscore" / named(words),
+        [sys.executable, str(ROOT / "train.py"), "-m"],
+    )
+    command += words
     until, kills, first, log = 1, 0, {}, tmp_path / "log.txt"
     while until < 8:
         with log.open("a") as output:
-            process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, cwd=tmp_path, stdout=output, stderr=subprocess.STDOUT)
             while process.poll() is None and len(results(folder)) < until:
                 time.sleep(0.05)
             assert process.poll() is None, log.read_text()
@@ -317,8 +323,10 @@ def test_a_sweep_of_eight_killed_at_random_has_eight_results_and_none_done_twice
             process.wait()
         kills, first = kills + 1, {**results(folder), **first}
         until = len(first) + draw.randint(1, 4)
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1] == f"results of all jobs: {(folder / 'results.html').relative_to(tmp_path)}"
+    assert "nothing to go on from" not in ended.stdout, "nobody has asked for resume=auto"
     after = results(folder)
     assert kills >= 2
     assert set(after) == {str(number) for number in range(8)}

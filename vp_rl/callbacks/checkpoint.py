@@ -55,7 +55,7 @@ class RunCheckpoints(Checkpoint):
     Checkpoints of sharded strategies that write folders are not atomic.
 
     Args:
-        folder: where they go, as `epoch=0008.ckpt` after eight epochs, `epoch=0008-batch=0003.ckpt` within the ninth.
+        folder: where they go, as `epoch-0008.ckpt` after eight epochs, `epoch-0008-batch-0003.ckpt` within the ninth.
         every_n_epochs: epochs between them; the end of the last epoch has one too.
         keep: how many.
         grace: seconds that a signal leaves for finishing. Held-out evaluations at an epoch's end count.
@@ -209,7 +209,7 @@ class RunCheckpoints(Checkpoint):
     def _save(self, trainer: lightning.Trainer, epoch: int, batch: int) -> None:
         if (epoch, batch) == self._saved:
             return
-        name = f"epoch={epoch:04d}.ckpt" if not batch else f"epoch={epoch:04d}-batch={batch:04d}.ckpt"
+        name = f"epoch-{epoch:04d}.ckpt" if not batch else f"epoch-{epoch:04d}-batch-{batch:04d}.ckpt"
         trainer.save_checkpoint(self._folder / name, weights_only=False)
         self._saved = epoch, batch
         if trainer.is_global_zero:
@@ -237,7 +237,7 @@ class RunCheckpoints(Checkpoint):
             exception.code = 0
 
     def _own(self) -> list[Path]:
-        return [file for file in self._folder.glob("epoch=*.ckpt") if order(file) >= (0, 0)]
+        return [file for file in self._folder.glob("epoch*.ckpt") if order(file) >= (0, 0)]
 
     def _reach(self, module: lightning.LightningModule, epoch: int, batch: int) -> None:
         self._exact, self._place = True, (epoch, batch)

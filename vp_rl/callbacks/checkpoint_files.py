@@ -16,7 +16,7 @@ from vp_rl.algorithms.base import PolicyTraining
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"epoch=(\d+)(?:-batch=(\d+))?\.ckpt")
+_NAME = re.compile(r"epoch[-=](\d+)(?:-batch[-=](\d+))?\.ckpt")  # earlier versions had `=`, which Hydra wants quoted
 _NEEDED = {"epoch", "global_step", "state_dict", "loops", "optimizer_states", "lr_schedulers"}
 _LEARNED = ("algorithm", "policy", "reward", "sampler", "data", "prompts", "seed")  # what decides what is learned
 _FREE = {"algorithm.save_to", "policy.economy.text_cache"}  # folders

@@ -7,8 +7,10 @@ import secrets
 from pathlib import Path
 from types import TracebackType
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from lightning.pytorch.utilities import rank_zero_only
+
+from vp_rl.evaluation.lock import lock_of
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +31,7 @@ class Job:
 
     def __init__(self, folder: Path, overrides: list[str]) -> None:
         self._overrides = sorted(given for given in overrides if not given.startswith("resume="))
-        self._folder, self._lock = folder, FileLock(folder / ".lock")
+        self._folder, self._lock = folder, lock_of(folder)
         self.finished = False
         """Whether it has been done."""
         self.objective: float | None = None

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from filelock import FileLock
 
 from vp_rl.evaluation.compare import TOO_FEW, Change
 from vp_rl.evaluation.job import replace
+from vp_rl.evaluation.lock import lock_of
 from vp_rl.evaluation.settings import override
 from vp_rl.evaluation.sweep_page import accuracies, changes_of, page
 
@@ -27,7 +27,7 @@ def write_table(folder: Path) -> list[Cells]:
     Returns:
         The rows of `results.csv`, by column.
     """
-    with FileLock(folder / ".lock"):  # of two that end together, the one that has read less must not write last
+    with lock_of(folder):  # of two that end together, the one that has read less must not write last
         return _write(folder)
 
 
