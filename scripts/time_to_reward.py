@@ -155,7 +155,7 @@ def run_peer(
 
 def held_out(evaluator: Evaluator, policy: Policy, reward: Reward) -> float:
     """Mean VP-Score of the demo's held-out images."""
-    return float(evaluator.evaluate(policy, reward).scores.mean())
+    return float(evaluator.evaluate(policy, reward).metrics()["reward"].mean())
 
 
 def report(ours: Curve, peer: Curve, target: float) -> None:

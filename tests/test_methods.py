@@ -169,7 +169,7 @@ def test_awm_knows_the_adapter_that_sampled() -> None:
     batch, conditioning = noised(algorithm)
     algorithm.before_round(0)
     _, still = algorithm.loss(batch, conditioning)
-    algorithm.policy.bias.data += 0.5
+    algorithm.policy.bias.data.add_(0.5)
     _, moved = algorithm.loss(batch, conditioning)
     torch.testing.assert_close(still["train/ratio"], torch.ones(8))
     assert (moved["train/ratio"] - 1).abs().max() > 1e-2

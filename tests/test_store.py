@@ -95,6 +95,7 @@ def test_a_panel_is_scored_beside_the_reward_and_kept(tmp_path: Path) -> None:
             return images.mean((1, 2, 3)) / 2
 
     done = tool(panel={"half": Half()}).evaluate(Bright(), Brightness(), kept=kept(tmp_path / "s"))
+    assert done.scores is not None
     np.testing.assert_allclose(done.panel["half"], done.scores / 2, rtol=1e-6)
     np.testing.assert_allclose(done.metrics()["panel/half"], done.scores / 2, rtol=1e-6)
     same(done, tool(panel={"half": Half()}).evaluate(Bright(), Brightness(), kept=kept(tmp_path / "s")))

@@ -130,8 +130,7 @@ class OpenAIChatAnnotator(Annotator):
 
     def _is_large(self, image: bytes) -> bool:
         image_type(image)
-        with Image.open(io.BytesIO(image)) as opened:
-            return len(image) > (self._bytes or math.inf) or max(opened.size) > (self._longest or math.inf)
+        return len(image) > (self._bytes or math.inf) or max(image_files.size(image)) > (self._longest or math.inf)
 
     def _sent(self, image: bytes, number: int) -> bytes:
         try:
