@@ -24,6 +24,7 @@ from vp_rl.annotators.wording import (
     schema_of,
 )
 from vp_rl.configuration.kinds import Structured, Text, Whole, one_of
+from vp_rl.files import images as image_files
 from vp_rl.interfaces import Annotator
 from vp_rl.types import Answer, Aspect, Rating, Usage
 
