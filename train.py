@@ -178,7 +178,7 @@ def _checkpoint(resume: str | None, folder: Path, settings: dict[str, Any]) -> P
         return None
     path, content = found
     before = content.get("run", {}).get("settings", settings)
-    fixed, rounding = differences(before, settings, get_class(settings["algorithm"]["_target_"]))
+    fixed, rounding = differences(before, settings, _class_of(settings))
     if fixed:
         raise ValueError(
             f"resume={resume}: {path} is of a run with other settings, which a run cannot change on its way: "
@@ -191,6 +191,12 @@ def _checkpoint(resume: str | None, folder: Path, settings: dict[str, Any]) -> P
         if path.parent != own and file.is_file() and not (folder / file.name).exists():
             shutil.copy(file, folder)  # what the run has measured, and paid for, until there
     return path
+
+
+def _class_of(settings: dict[str, Any]) -> type | None:
+    """The algorithm's, which knows what of its settings a resumed run may change."""
+    target = settings.get("algorithm", {}).get("_target_")
+    return None if target is None else get_class(target)
 
 
 def _given(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -220,7 +226,7 @@ def _beside(folder: Path, settings: dict[str, Any]) -> tuple[Path, dict[str, Any
         if found is None or _is_finished(*found, settings):
             continue
         before = found[1].get("run", {}).get("settings")
-        if before and not differences(before, settings, get_class(settings["algorithm"]["_target_"]))[0]:
+        if before and not differences(before, settings, _class_of(settings))[0]:
             return found
     return None
 

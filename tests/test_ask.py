@@ -404,7 +404,8 @@ def test_a_server_that_ceases_to_take_questions_is_not_asked_them_all(journal: J
     who = Who(lambda number, times: "yes" if number < 100 else "rejected")
     with pytest.raises(Systematic, match="took none of"):
         interview(journal, who, 500)
-    assert who.asked.total() <= 100 + 20 + 8
+    # Those that were under way when the last one was taken count from then on; and there are some when it stops.
+    assert who.asked.total() <= 100 + 20 + 2 * who.concurrency
     assert len(journal.accepted()) == 100
 
 

@@ -65,8 +65,9 @@ def test_scenes_have_the_grammars_categories() -> None:
 
 
 def test_categories_are_compared_by_their_own_prompts() -> None:
-    base, tuned = made_up(np.array([[1.0, 1.0], [3.0, 3.0], [-2.0, -2.0], [9.0, 9.0]]))
-    found = by_category(base, tuned, {"prompt 0": "up", "prompt 1": "up", "prompt 2": "down"})
+    base, tuned = made_up(np.array([[each, each] for each in (1.0, 3.0, 2.0, -2.0, -1.0, -3.0, 9.0, 5.0)]))
+    kinds = ["up"] * 3 + ["down"] * 3 + ["one"]
+    found = by_category(base, tuned, {f"prompt {number}": kind for number, kind in enumerate(kinds)})
     assert {name: each["reward"].difference for name, each in found.items()} == {"down": -2, "up": 2}
     assert not any(name.startswith("look/") for name in found["up"])
     assert by_category(base, tuned, {}) == {}

@@ -103,7 +103,7 @@ def test_an_answer_that_cannot_be_read_any_more_is_named_with_its_row(tmp_path: 
         other.close()
         with pytest.raises(ValueError, match=r"answered on the \w+ of \S+, \S+, of the prompt 'a (cat|dog)'") as found:
             built.build(tmp_path / "set", "export")
-        assert "cannot be read now: 0 ratings for 2 images" in str(found.value)
+        assert "was accepted and cannot be read now: " in str(found.value)
         with sqlite3.connect(file) as other:  # as it says
             other.execute(re.search(r"DELETE .*?'[0-9a-f]+'", str(found.value))[0])  # type: ignore[index]
         other.close()

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from fakes import BlackBox, LinearPolicy, QuadraticReward, fit
 from torch import Tensor
 
@@ -47,7 +48,7 @@ def draft(policy: LinearPolicy, lr: float = 0.03, **settings: Any) -> DRaFT:
 def whole_way() -> LinearPolicy:
     """Its last step ends at the image itself."""
     policy = LinearPolicy(gain=0.3)
-    policy.process = DDIM({"prediction_type": "sample", "clip_sample": False, "set_alpha_to_one": True})
+    policy.process = DDIM(DDIMScheduler(prediction_type="sample", clip_sample=False, set_alpha_to_one=True))
     policy.bias.data.fill_(0.1)
     return policy
 

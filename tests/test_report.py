@@ -386,7 +386,7 @@ def test_what_repeats_a_run_can_be_pasted(tmp_path: Path, monkeypatch: pytest.Mo
         "experiment=x": "experiment=x",
         f"folder={tmp_path}/home/work/outputs/a b": "folder=outputs/a b",
         f"prompts.path={tmp_path}/home/p.txt": f"prompts.path={tmp_path}/home/p.txt",
-        "k.path=/mnt/data/x.txt": "k.path=/mnt/data/x.txt",
+        "k.path=/srv/data/x.txt": "k.path=/srv/data/x.txt",
         "k.api_key=sk-1": "k.api_key=(hidden)",
         "reward.url=http://gpu7.internal:8000/x": "reward.url=http://(host)/x",
         "x=$(rm -rf .)": "x=$(rm -rf .)",

@@ -165,7 +165,7 @@ def look(*overrides: str, root: str = "train") -> None:
         ("algorithm.optimizer.lr=fast", "algorithm.optimizer.lr='fast' must be a finite number."),
         ("algorithm.optimizer.lr=-1", "algorithm.optimizer.lr=-1"),
         ("algorithm.optimizer.betas=[1,2]", "algorithm.optimizer.lr="),
-        ("algorithm.branch=[0.6,0.1]", "algorithm.branch=[0.6, 0.1] must be a list of a finite number from 0 to 1"),
+        ("algorithm.window=[0.6,0.1]", "algorithm.window=[0.6, 0.1] must be a list of a finite number from 0 to 1"),
         ("algorithm.train_batch=most", "algorithm.train_batch='most' must be a whole number from 1"),
         ("callbacks.held_out.every=null", "callbacks.held_out.every=null must be a whole number"),
         ("callbacks.checkpoint.grace=0", "callbacks.checkpoint.grace=0 must be a finite number above 0"),
@@ -178,7 +178,7 @@ def look(*overrides: str, root: str = "train") -> None:
         ("algorithm.sampler=5", "algorithm.sampler=5 must be a node with the _target_ of a Sampler."),
         (
             "+algorithm.clip_rnge=1",
-            "algorithm.clip_rnge is no setting of vp_rl.algorithms.ddpo.DDPO: algorithm.clip_",
+            "algorithm.clip_rnge is no setting of vp_rl.algorithms.branch_ddpo.BranchDDPO: algorithm.clip_",
         ),
         ("~algorithm.policy", "algorithm.policy is missing"),
         ("reward._target_=vp_rl.rewards.nothing", "reward._target_='vp_rl.rewards.nothing' cannot be used"),

@@ -50,7 +50,7 @@ def train(folder: Path, *arguments: str) -> Path:
 
 TEXT = "pyproject.toml"  # a text file
 REFUSED = {
-    "experiment=typo": r"^error: there is no experiment=typo, .*There are: ddpo_vpscore, ",
+    "experiment=typo": r"^error: there is no experiment=typo, .*There are: awm_vpscore, ddpo_vpscore, ",
     "experiment=ddpo_vpscore policy.path=/nonexistent": r"^error: policy\.path='/nonexistent' is neither .*'tiny-sd'",
     f"experiment=ddpo_vpscore reward.checkpoint={TEXT}": rf"^error: reward\.checkpoint='{TEXT}' is a file; it must be",
     "experiment=ddpo_vpscore algorithm.clip_rnge=1": r"'algorithm\.clip_rnge'\. Did you mean .*clip_range\?$",

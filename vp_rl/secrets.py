@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Sequence
 from functools import lru_cache
 from html.entities import codepoint2name
-from typing import Any, TextIO
+from typing import Any
 
 HIDDEN = "***"
 
@@ -236,7 +236,7 @@ class _Records:
 class _Masked:
     """A stream that shows no secrets: what Python itself prints of an error goes through it, too."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:

@@ -97,12 +97,11 @@ def write_report(
     read, values = settings.read(folder), history(folder)
     run = read._replace(command=command or read.command)
     rows, told = _rows(compared.changes), sorted(signs, key=lambda sign: sign.severity != "warning")
+    date = f"{folder.parent.name}, job {folder.name}" if folder.name.isdigit() else folder.name
     page = PAGES.get_template("report.html").render(
-        title=run.title,
-        date=f"{folder.parent.name}, job {folder.name}" if folder.name.isdigit() else folder.name,
+        **{"title": run.title, "date": date},
         note=note,
-        prompts=len(set(base.prompts)),
-        images=len(base.prompts),
+        **{"prompts": len(set(base.prompts)), "images": len(base.prompts)},
         verdicts=verdicts(compared, len(set(base.prompts)), told, rival, chosen),
         chosen=chosen,
         rival=rival,
@@ -110,9 +109,7 @@ def write_report(
         groups=_groups(compared.changes),
         categories=_by_category(compared),
         pairs={name: (name.replace("_", " ").capitalize(), duel) for name, duel in compared.pairs.items()},
-        looks=len(counted(*compared)),
-        alpha=ALPHA,
-        distances=distances,
+        **{"looks": len(counted(*compared)), "alpha": ALPHA, "distances": distances},
         asked={way: spent(each) for way, each in (asked or {}).items()},
         signs=[(sign, _of_prompts(base, tuned, sign.prompts)) for sign in told],
         heading="Signs of an exploited reward" if any(each.severity == "warning" for each in told) else "Notes",

@@ -15,7 +15,9 @@ def stop(error: BaseException, more: str = "") -> NoReturn:
     """One message for what the user can put right; HYDRA_FULL_ERROR=1 shows where it came from."""
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         raise error
-    sys.exit(f"error: {error}{more}")
+    key = getattr(error, "full_key", None)  # OmegaConf has it in a line of its own
+    said = f"{key}: {str(error).splitlines()[0]}" if key and key not in str(error).splitlines()[0] else error
+    sys.exit(f"error: {said}{more}")
 
 
 def is_full(error: BaseException | None) -> bool:
