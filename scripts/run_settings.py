@@ -45,7 +45,8 @@ def plain_errors(kept: str) -> Iterator[None]:
 def look(config: Any, own: Mapping[str, Any] | None = None) -> None:
     """Looks at a configuration before anything is built: see `check`."""
     runtime = HydraConfig.get().runtime if HydraConfig.initialized() else OmegaConf.create()
-    folder = None if OmegaConf.is_missing(runtime, "output_dir") else Path(runtime.output_dir)
+    made = OmegaConf.select(runtime, "output_dir", throw_on_missing=False)
+    folder = None if made is None else Path(made)
     asked: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     written: Any = {} if own is None else OmegaConf.to_container(config)  # a run's settings are resolved already
     check(asked, own, written=written, folder=folder)

@@ -78,7 +78,7 @@ def test_a_run_is_evaluated_as_it_was_set_and_nothing_is_made_twice(
     panel = "panel=[compressibility]"
     first = evaluate(config(*given, panel))
     assert (first["prompts"], first["images"]) == (5, 10)
-    assert first["held_out"]["look/distance"]["low"] > 0
+    assert first["held_out"]["look/distance"]["difference"] > 0  # of five prompts, no interval is sure of it
     assert {"panel/compressibility", "mean_rating"} <= first["held_out"].keys()
     assert OVERALL in first["pairs"]
     assert set(first["categories"]) <= {"size", "binding", "relation", "count", "composition"}

@@ -49,7 +49,6 @@ REFUSED: dict[str, list[Any]] = {
         "eva",
         "lora_ga",
         "mini",
-        False,
         None,
         1,
     ],

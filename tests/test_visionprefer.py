@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
 
-import pyarrow.parquet
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -274,13 +273,13 @@ def fail(*_: object, **__: object) -> NoReturn:
 
 
 def fail_at_the_second_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, calls = pyarrow.parquet.ParquetWriter, []
+    real, calls = schema.ParquetWriter, []
 
-    def writer(*arguments: object) -> pyarrow.parquet.ParquetWriter:
+    def writer(*arguments: object) -> schema.ParquetWriter:
         calls.append(arguments)
         return fail() if len(calls) == 2 else real(*arguments)
 
-    monkeypatch.setattr(pyarrow.parquet, "ParquetWriter", writer)
+    monkeypatch.setattr(schema, "ParquetWriter", writer)
 
 
 @pytest.mark.parametrize(

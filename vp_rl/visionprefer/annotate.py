@@ -134,7 +134,9 @@ def notes(opinion: Opinion, planned: Sequence[Call], journal: Journal) -> Iterat
         try:
             ratings = annotator.read(text, len(call.images))
         except ValueError as error:
-            raise journal.unreadable_now(asked, _subject(call), annotator.name, error) from error
+            raise journal.unreadable_now(
+                asked, f"{_subject(call)}, {call.item.prompt[:200]}", annotator.name, error
+            ) from error
         yield [
             Note(image_id, call.aspect, rating, position)
             for position, (image_id, rating) in enumerate(zip(call.images, ratings, strict=True))

@@ -132,17 +132,7 @@ def _read(opinion: Opinion, calls: Sequence[Call], journal: Journal) -> Iterator
     Raises:
         ValueError: an accepted answer cannot be read today; says which, and how to have it asked again.
     """
-    notes = annotate.notes(opinion, calls, journal)
-    for call in calls:
-        try:
-            yield call, next(notes)
-        except ValueError as error:
-            row = f"key = x'{annotate.key(opinion.annotator, call).hex()}'"
-            raise ValueError(
-                f"What {opinion.name} answered on the {call.aspect} of {', '.join(call.images)}, of the prompt "
-                f"{call.item.prompt[:200]!r}, was accepted and cannot be read now: {error}. To have it asked again, "
-                f"DELETE FROM answers WHERE {row} in '{journal.file}', and build once more."
-            ) from error
+    return zip(calls, annotate.notes(opinion, calls, journal), strict=True)
 
 
 def _row(item: Item, rated: Rated, notes: list[tuple[Opinion, Note]], store: ImageStore) -> schema.Row:
