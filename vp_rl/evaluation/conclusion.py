@@ -112,8 +112,8 @@ def publish(
     Returns:
         What is in `summary.json`.
     """
-    written = {**done.as_dict(), **more}
-    summary = json.dumps(without_nan(written), indent=2, allow_nan=False)
+    written = without_nan({**done.as_dict(), **more})
+    summary = json.dumps(written, indent=2, allow_nan=False)
     (folder / "summary.json").write_text(mask(summary) + "\n")
     _write_scores(folder / "scores.csv", {done.rival.short: done.base, "tuned": done.tuned})
     print(f"\nHeld-out prompts, {done.rival.name} against trained, same seeds")
