@@ -33,18 +33,6 @@ from vp_rl.secrets import guard
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 NAMED_HERE = "VP_RL_FOLDER"  # environment variable: the run's folder, where the user has not named one
-_TAKES_A_WORD = {
-    "--config-dir",
-    "-cd",
-    "--config-path",
-    "-cp",
-    "--config-name",
-    "-cn",
-    "--package",
-    "-p",
-    "--cfg",
-    "-c",
-}
 _NOT_OURS = ("--help", "-h", "--hydra-help", "--version", "--shell-completion", "-sc", "--info", "-i")
 _OTHER_CONFIG = ("--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun")
 _TAKES_A_WORD = {*_OTHER_CONFIG, "--package", "-p", "--cfg", "-c"}

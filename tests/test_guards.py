@@ -368,3 +368,15 @@ def test_the_smallest_gradients_live_in_bfloat16() -> None:
         found[dtype] = torch.cat([parameter.grad.flatten() for parameter in trained])
     assert torch.cosine_similarity(found["float32"], found["bfloat16"], 0) > 0.99
     assert torch.cosine_similarity(found["float32"], found["float16"], 0) < 0.9
+
+
+def test_an_update_that_is_skipped_may_have_been_cut_unevenly() -> None:
+    class Diverged(LinearPolicy):
+        def predict(self, latents: Any, *rest: Any) -> Any:
+            found = super().predict(latents, *rest)
+            return found * float("nan") if found.requires_grad else found
+
+    algorithm = ddpo(Diverged(), train_batch=7)
+    trainer = fit(algorithm, Guards(self_test=False, on_nonfinite="skip", patience=99), accumulate_grad_batches=3)
+    assert trainer.callback_metrics["train/skipped"].item() > 0
+    assert algorithm.policy.bias.tolist() == LinearPolicy().bias.tolist()

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from fakes import BlackBox, LinearPolicy, QuadraticReward, fit
+from fakes import BlackBox, LinearPolicy, QuadraticReward, fit, write_dataset
+from test_data_preferences import png, row
 from torch import Tensor
 
 from vp_rl.algorithms.awm import AdvantageWeightedMatching
@@ -19,10 +20,11 @@ from vp_rl.algorithms.draft import DRaFT
 from vp_rl.algorithms.nft import DiffusionNFT
 from vp_rl.algorithms.refl import ReFL
 from vp_rl.algorithms.rounds import Batch
+from vp_rl.data.preferences import PreferenceDataModule
 from vp_rl.functional import diffusion_dpo_loss, loser_bound, nft_loss, normalised_error
 from vp_rl.processes.ddim import DDIM
 from vp_rl.sampler import Sampler
-from vp_rl.types import Images
+from vp_rl.types import ASPECTS, Images
 
 STILL = Sampler(steps=5, guidance=1.0, eta=0.0)
 TARGET = torch.tensor([0.5, -0.3, 0.2])
@@ -320,3 +322,47 @@ def test_dpo_encodes_each_image_once() -> None:
     first = algorithm._encoded(images)
     assert torch.equal(algorithm._encoded(images[[2, 0]]), first[[2, 0]])
     assert algorithm.policy.encoded == 4
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven prompts with a dark and a bright image, the bright one rated higher."""
+    folder = tmp_path_factory.mktemp("pairs") / "set"
+    rated = [
+        row(number, "train", {aspect: [1, 5] for aspect in ASPECTS}, [png(10 + number), png(200 + number)])
+        for number in range(7)
+    ]
+    write_dataset({"train": rated, "validation": rated[:2], "test": []}, folder)
+    return folder
+
+
+def fitted(policy: LinearPolicy, folder: Path, **settings: Any) -> Any:
+    data = PreferenceDataModule(str(folder), batch_size=settings.pop("batch_size", 3), aspects="mean")
+    return fit(dpo(policy, beta=1.0), data=data, **settings)
+
+
+def test_dpo_is_resumed_to_the_bit_and_learns_what_is_preferred(pairs: Path, tmp_path: Path) -> None:
+    whole, half, resumed = (LinearPolicy(gain=0.0) for _ in range(3))
+    metrics = fitted(whole, pairs, epochs=4).callback_metrics
+    fitted(half, pairs, epochs=2).save_checkpoint(tmp_path / "half.ckpt")
+    fitted(resumed, pairs, epochs=4, ckpt_path=tmp_path / "half.ckpt")
+    assert torch.equal(resumed.bias, whole.bias)
+    assert whole.bias.min() > half.bias.min() > 0  # brighter
+    assert metrics["train/winner_error"] < 0 < metrics["train/loser_error"]
+    assert metrics["val/accuracy"] == 1
+
+
+def test_an_update_of_dpo_is_the_same_however_its_pairs_are_cut(pairs: Path) -> None:
+    def moved(**settings: Any) -> Tensor:
+        policy = LinearPolicy(gain=0.0)
+        algorithm = dpo(policy, beta=1.0)
+        algorithm._make_optimizer = partial(torch.optim.SGD, lr=1.0)
+        data = PreferenceDataModule(str(pairs), batch_size=settings.pop("batch_size"), aspects="mean")
+        assert fit(algorithm, data=data, **settings).global_step == 1
+        return policy.bias.detach()
+
+    whole = moved(batch_size=7)
+    assert whole.norm() > 1e-3
+    for batch_size, accumulate in ((3, 3), (2, 4), (4, 2), (1, 9)):
+        cut = moved(batch_size=batch_size, accumulate_grad_batches=accumulate)
+        assert (cut - whole).norm() <= 1e-6 * whole.norm()

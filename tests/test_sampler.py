@@ -116,3 +116,13 @@ def test_a_guidance_that_upstream_takes_otherwise_is_refused_and_none_is_none() 
             Sampler(guidance=guidance)
     for guidance in (0.0, 1.0, 1.5):
         assert Sampler(guidance=guidance).guidance == guidance
+
+
+def test_a_window_has_a_step_however_narrow_it_is_and_none_that_it_has_not() -> None:
+    sampler = Sampler(steps=20, guidance=1.0)
+    shares = [each / 40 for each in range(41)]
+    for low, high in [(low, high) for low in shares for high in shares if low <= high]:
+        window = sampler.window("algorithm.window", low, high)
+        assert len(window) >= 1
+        assert 0 <= window.start < window.stop <= 20
+        assert len(window) == 1 or (window.start <= 20 * low and window.stop <= 20 * high)

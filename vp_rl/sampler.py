@@ -52,7 +52,8 @@ class Sampler:
         """
         if not 0 <= low <= high <= 1:
             raise ValueError(f"{setting}={(low, high)} must be two rising shares of the steps, in [0, 1].")
-        return range(min(int(low * self.steps), self.steps - 1), max(1, int(high * self.steps)))
+        first = min(int(low * self.steps), self.steps - 1)
+        return range(first, max(first + 1, int(high * self.steps)))
 
     def stds(self, policy: Policy) -> Float[Tensor, " steps"]:
         """Standard deviation of each step: it depends on the schedule alone."""

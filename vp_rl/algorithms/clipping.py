@@ -73,10 +73,15 @@ class ClippedModule(lightning.LightningModule):
 
     def _level(self, optimizer: Optimizer) -> None:
         """Makes Lightning's sum of weighed micro-batches the mean over the update's rows."""
-        rows, self._rows = self._rows, 0.0
-        if not bool(rows) or self.trainer.strategy.handles_gradient_accumulation:
+        accumulated = self.trainer.accumulate_grad_batches
+        if self.trainer.strategy.handles_gradient_accumulation:  # it is asked to step after every micro-batch
+            if self.trainer.fit_loop.epoch_loop.batch_progress.current.ready % accumulated == 0:
+                self._rows = 0.0
             return
-        factor = self.trainer.accumulate_grad_batches * self._like / rows
+        rows, self._rows = self._rows, 0.0
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients or not bool(rows):  # an update that is skipped has none
+            return
+        factor = accumulated * self._like / rows
         if bool(factor != 1):
-            gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
             torch._foreach_mul_(gradients, float(factor))

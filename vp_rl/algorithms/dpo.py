@@ -13,7 +13,9 @@ What differs from the published code (SalesforceAIResearch/DiffusionDPO@5233e75)
 The winner's and the loser's error against the reference are logged; where the winner's rises, the log says so.
 """
 
+import hashlib
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -30,6 +32,7 @@ from vp_rl.types import Conditioning, Images, Latents, PreferenceBatch
 log = logging.getLogger(__name__)
 
 _IMAGES = 4  # of a prompt, for the planner: VisionPrefer's
+_KEPT = 8 << 30  # bytes of images' latents that a process keeps at most
 
 
 class DiffusionDPO(PolicyTraining):
@@ -67,30 +70,32 @@ class DiffusionDPO(PolicyTraining):
         steps = policy.process.train_timesteps
         self.beta, self.bound = beta, bound
         self._timesteps = range(int(low * steps), max(int(low * steps) + 1, int(high * steps)))
-        self._latents: dict[int, Tensor] = {}  # by what an image is
+        self._latents: dict[bytes, Tensor] = {}  # by what an image is
         self._rises = 0  # epochs in a row
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The loss of all pairs of some prompts' images."""
-        prompts = list(dict.fromkeys(batch.prompts))
-        row = torch.tensor([prompts.index(prompt) for prompt in batch.prompts], device=self.device)
-        encoded = self.policy.encode(prompts)
-        x0 = self._encoded(batch.images)
-        noise, timestep = self._noise(prompts, x0)
-        loss, values = self.loss(
-            x0,
-            noise[row],
-            timestep[row],
-            {name: tensor[row] for name, tensor in encoded.items()},
-            batch.better,
-            batch.worse,
-        )
+        loss, values = self._of(batch, self.current_epoch)
         pairs = len(batch.better)
         self.images += len(batch.images)
         means = {name: value.mean() for name, value in values.items()}
         self.log_dict(means, on_step=False, on_epoch=True, batch_size=pairs, sync_dist=True)
         number = torch.tensor(float(pairs), device=self.device)
         return self.weighed(loss, pairs, of_all=self.trainer.strategy.reduce(number, reduce_op="mean"))
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Logs the loss and the share of pairs that the policy orders rightly, always at the same noise."""
+        loss, values = self._of(batch, -1)
+        found = {"val/loss": loss, "val/accuracy": values["train/accuracy"].mean()}
+        self.log_dict(found, on_step=False, on_epoch=True, batch_size=len(batch.better), sync_dist=True)
+
+    def _of(self, batch: PreferenceBatch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        prompts = list(dict.fromkeys(batch.prompts))
+        row = torch.tensor([prompts.index(prompt) for prompt in batch.prompts], device=self.device)
+        conditioning = {name: tensor[row] for name, tensor in self.policy.encode(prompts).items()}
+        x0 = self._encoded(batch.images)
+        noise, timestep = self._noise(prompts, x0, epoch)
+        return self.loss(x0, noise[row], timestep[row], conditioning, batch.better, batch.worse)
 
     def loss(
         self,
@@ -141,19 +146,26 @@ class DiffusionDPO(PolicyTraining):
 
     @torch.no_grad()
     def _encoded(self, images: Images) -> Latents:
-        """Clean latents, each image's made once and kept in main memory."""
-        keys = [seed_of(image.numel(), image.double().sum().item(), image.flatten()[::97].tolist()) for image in images]
-        new = [row for row, key in enumerate(keys) if key not in self._latents]
-        if new:
-            made = self.policy.encode_images(images[new]).cpu()
-            self._latents.update({keys[row]: latents for row, latents in zip(new, made, strict=True)})
-        return torch.stack([self._latents[key] for key in keys]).to(images.device)
+        """Clean latents, each image's made once and kept in main memory while there is room for them."""
+        found = []
+        for image in images:
+            eight_bits = image.mul(255).round().byte().cpu().numpy()  # what it was read from
+            key = hashlib.blake2b(eight_bits.tobytes() + repr(image.shape).encode(), digest_size=16).digest()
+            latents = self._latents.get(key)
+            if latents is None:  # one by one: a batch's size would change the last bits, and a resumed run has another
+                latents = self.policy.encode_images(image[None])[0].cpu()
+                if (len(self._latents) + 1) * latents.nbytes <= _KEPT:
+                    self._latents[key] = latents
+            found.append(latents)
+        return torch.stack(found).to(images.device)
 
-    def _noise(self, prompts: list[str], like: Latents) -> tuple[Latents, Tensor]:
+    def _noise(
+        self, prompts: list[str], like: Latents, epoch: int
+    ) -> tuple[Float[Tensor, "prompts *latent"], Float[Tensor, " prompts"]]:
         """One noise and timestep for each prompt and epoch, whatever batch and device it is in."""
         noise, timesteps = [], []
         for prompt in prompts:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, self.current_epoch, prompt))
+            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch, prompt))
             noise.append(torch.randn(like.shape[1:], generator=generator))
             timesteps.append(self._timesteps[int(torch.randint(len(self._timesteps), (1,), generator=generator))])
         return torch.stack(noise).to(like), torch.tensor(timesteps, device=like.device).float()
@@ -164,10 +176,14 @@ class DiffusionDPO(PolicyTraining):
 
     # --- for the planner
 
-    def load(self, data: Any, accumulate: int) -> tuple[Load, int]:
-        """An epoch's length is the data's: what is planned is one update."""
+    def load(self, data: Mapping[str, Any], accumulate: int) -> tuple[Load, int]:
+        """An epoch's length is the data's: what is planned is one update. Its images are counted as prompts."""
         size = data["batch_size"]
         return Load(size * accumulate, size * accumulate, size, size, accumulate), 1
+
+    def settings_of(self, load: Load, accumulate: int, devices_per_prompt: int) -> dict[str, int]:
+        """Its batches are of prompts, with all their images."""
+        return {"data.batch_size": load.train_batch, "trainer.accumulate_grad_batches": accumulate}
 
     def phases(self, load: Load, prompt: Conditioning) -> list[Phase]:
         """Encoding images, and a micro-batch of prompts with four images each."""

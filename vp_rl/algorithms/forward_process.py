@@ -95,6 +95,18 @@ class ForwardProcess(OnlineTraining, ABC):
         self.older = Weights(policy.adapter_weights())
         """The adapter that samples, or that outputs are held near to; see the algorithm."""
 
+    def configure_model(self) -> None:
+        """Nothing is divided: the older adapter is whole on each device.
+
+        Raises:
+            ValueError: the strategy is FSDP2's.
+        """
+        if self.device_mesh is not None:
+            raise ValueError(
+                f"{type(self).__name__} has an older adapter, which FSDP does not divide: use trainer=ddp, as the "
+                "trained part is small."
+            )
+
     def collect(self, part: Part, *position: int) -> tuple[Latents, Noised]:
         """Finished images, each with noise levels of its own."""
         x0 = self._sample(part)

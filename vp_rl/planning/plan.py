@@ -117,7 +117,7 @@ class Planner:
             return solve(self._geometry, devices, train, sample)
         accumulate = self.trainer.accumulate_grad_batches
         load, updates = self.algorithm.load(self.settings["data"], accumulate)
-        geometry = self._geometry_of(load.images * devices // updates, updates)
+        geometry = self._geometry_of(max(1, load.images * devices // updates), updates)
         sharing = self.settings["data"].get("devices_per_prompt", 1)
         return Plan(geometry, devices, sharing, accumulate, load._replace(sample_batch=min(sample, load.images)))
 

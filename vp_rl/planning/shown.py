@@ -40,7 +40,7 @@ def rows(planner: Planner) -> dict[str, str]:
     if cut != Cut():
         shared = f", each shared by {plan.devices_per_prompt} devices" if plan.devices_per_prompt > 1 else ""
         found |= {
-            "a round": f"{geometry.images_per_round} images, {cut.images_per_prompt} of each prompt; "
+            "a round": f"{load.images * plan.devices} images, {cut.images_per_prompt} of each prompt; "
             f"updates: {plan.updates_per_round}",
             "  on each device": f"{load.images} images of {load.prompts} prompts{shared}",
             "  sampled at once": f"{load.sample_batch} images",
@@ -69,7 +69,7 @@ def _speed(planner: Planner) -> str:
         return "images/s and hours: not known. A dry run on a GPU times one of each piece of work."
     with real(planner.algorithm, device, planner.context) as work:
         taken = fit.seconds_per_round(work, plan, device)
-    text = f"about {plan.geometry.images_per_round / taken:.3g} images/s"
+    text = f"about {plan.load.images * plan.devices / taken:.3g} images/s"
     if epochs and epochs > 0:
         text += f", {taken * _rounds(planner) * epochs / 3600:.2g} hours for the run without its evaluations"
     return f"{text} (one of each piece of work, timed on this device)"
