@@ -14,7 +14,7 @@ from vp_rl.evaluation.compare import LEVELS, Change
 from vp_rl.evaluation.duel import Duel
 from vp_rl.visionprefer import estimates
 
-ALPHA, SIGNS, TRADES = 0.05, 0.01, 0.015
+ALPHA, SIGNS, TRADES = 0.05, 0.01, 0.025
 FIRST = "mean_rating"
 """What a page is about: half of its share of chance is for this."""
 UNTESTED = ("look/distance",)
