@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from vp_rl.algorithms.clipping import ClippedModule
 from vp_rl.algorithms.phases import Cut, Load, Phase
 from vp_rl.functional import seed_of
-from vp_rl.interfaces import Policy, Reward
+from vp_rl.interfaces import Policy, Process, Reward
 from vp_rl.types import Conditioning, Images, Scores
 
 _EXTRA = "_extra_state"  # torch's name for it
@@ -281,6 +281,20 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     """The members of the outermost lists: what a denoiser is a row of."""
     for child in module.children():
         yield from child if isinstance(child, nn.ModuleList) else _blocks(child)
+
+
+def trained_timesteps(process: Process, window: tuple[float, float]) -> range:
+    """The denoiser's timesteps between two shares of all of them, at least one; 1 is pure noise.
+
+    Raises:
+        ValueError: these are not rising shares.
+    """
+    low, high = window
+    if not 0 <= low < high <= 1:
+        raise ValueError(f"algorithm.window={tuple(window)} must be two rising shares of the timesteps, in [0, 1].")
+    steps = process.train_timesteps
+    first = int(low * steps)
+    return range(first, max(first + 1, int(high * steps)))
 
 
 def total_norm(gradients: list[Tensor]) -> float:

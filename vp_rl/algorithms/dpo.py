@@ -22,12 +22,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining
+from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining, trained_timesteps
 from vp_rl.algorithms.phases import Load, Phase, alike
 from vp_rl.configuration import kinds
 from vp_rl.functional import diffusion_dpo_loss, loser_bound, mean_square, seed_of
 from vp_rl.interfaces import Policy
-from vp_rl.types import Conditioning, Images, Latents, PreferenceBatch
+from vp_rl.types import Conditioning, Images, Latents, PreferenceBatch, take
 
 log = logging.getLogger(__name__)
 
@@ -64,12 +64,8 @@ class DiffusionDPO(PolicyTraining):
             raise ValueError(f"algorithm.beta={beta} must be above 0.")
         if bound is not None and not 0 <= bound <= 1:
             raise ValueError(f"algorithm.bound={bound} must be in [0, 1], or null.")
-        low, high = window
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"algorithm.window={tuple(window)} must be two rising shares of the timesteps, in [0, 1].")
-        steps = policy.process.train_timesteps
         self.beta, self.bound = beta, bound
-        self._timesteps = range(int(low * steps), max(int(low * steps) + 1, int(high * steps)))
+        self._timesteps = trained_timesteps(policy.process, window)
         self._latents: dict[bytes, Tensor] = {}  # by what an image is
         self._rises = 0  # epochs in a row
 
@@ -92,7 +88,7 @@ class DiffusionDPO(PolicyTraining):
     def _of(self, batch: PreferenceBatch, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         prompts = list(dict.fromkeys(batch.prompts))
         row = torch.tensor([prompts.index(prompt) for prompt in batch.prompts], device=self.device)
-        conditioning = {name: tensor[row] for name, tensor in self.policy.encode(prompts).items()}
+        conditioning = take(self.policy.encode(prompts), row)
         x0 = self._encoded(batch.images)
         noise, timestep = self._noise(prompts, x0, epoch)
         return self.loss(x0, noise[row], timestep[row], conditioning, batch.better, batch.worse)

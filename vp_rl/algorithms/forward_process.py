@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vp_rl.algorithms.base import MakeOptimizer
+from vp_rl.algorithms.base import MakeOptimizer, trained_timesteps
 from vp_rl.algorithms.online import OnlineTraining
 from vp_rl.algorithms.rounds import Batch, Part
 from vp_rl.functional import mean_square
@@ -84,13 +84,9 @@ class ForwardProcess(OnlineTraining, ABC):
         super().__init__(policy, reward, sampler, optimizer, **settings)
         if noise_levels < 1:
             raise ValueError(f"algorithm.noise_levels={noise_levels} must be at least 1.")
-        low, high = window
-        if not 0 <= low < high <= 1:
-            raise ValueError(f"algorithm.window={tuple(window)} must be two rising shares of the timesteps, in [0, 1].")
         if not kl_weight >= 0:
             raise ValueError(f"algorithm.kl_weight={kl_weight} must be 0 or more.")
-        steps = policy.process.train_timesteps
-        self._timesteps = range(int(low * steps), max(int(low * steps) + 1, int(high * steps)))
+        self._timesteps = trained_timesteps(policy.process, window)
         self.examples_per_image, self.kl_weight, self.kept = noise_levels, kl_weight, 1
         self.older = Weights(policy.adapter_weights())
         """The adapter that samples, or that outputs are held near to; see the algorithm."""

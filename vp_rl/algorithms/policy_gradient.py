@@ -17,7 +17,7 @@ from vp_rl.algorithms.online import OnlineTraining
 from vp_rl.algorithms.rounds import Batch
 from vp_rl.functional import clipped_surrogate
 from vp_rl.sampler import log_prob_of, repeat
-from vp_rl.types import Conditioning, Latents, Steps, Transition
+from vp_rl.types import Conditioning, Latents, Steps, Transition, take
 
 _DRIFT = {False: 1e-4, True: 1e-2}  # between log-probabilities that rounding makes: in float32, in half precision
 
@@ -91,8 +91,8 @@ class PolicyGradient(OnlineTraining, ABC):
 
         With gradients, as many at once as are trained: so it is the code of training that is compiled, and tested.
         """
-        conditioning = {name: tensor[batch.prompt] for name, tensor in self.conditioning.items()}
-        log_ratio = _log_ratio(batch.examples, self._transition(batch.examples, conditioning))
+        transition = self._transition(batch.examples, take(self.conditioning, batch.prompt))
+        log_ratio = _log_ratio(batch.examples, transition)
         drift = log_ratio.detach().abs().max().item()
         tolerance = _DRIFT[self.in_half_precision()]
         if not drift <= tolerance:
