@@ -23,6 +23,7 @@ from vp_rl.types import (
     GivenImage,
     Images,
     Latents,
+    Negative,
     Rating,
     Scores,
     Split,
@@ -128,9 +129,20 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def predict(
-        self, latents: Latents, timestep: Float[Tensor, " batch"], conditioning: Conditioning, guidance: float
+        self,
+        latents: Latents,
+        timestep: Float[Tensor, " batch"],
+        conditioning: Conditioning,
+        guidance: float,
+        negative: Negative = "train",
     ) -> Latents:
-        """The denoiser's output in float32, after classifier-free guidance (1.0, or 0: none, at half the cost)."""
+        """The denoiser's output in float32, after classifier-free guidance (1.0, or 0: none, at half the cost).
+
+        Args:
+            conditioning: may have a scale for each row (`SCALE`), in place of `guidance`.
+            negative: what guidance points away from. Nothing else than the default is asked of a policy unless
+                `sampler.negative` is set; one without a negative half may leave it out.
+        """
 
     @abstractmethod
     def decode(self, latents: Latents) -> Images:

@@ -7,16 +7,17 @@ log-probabilities (DDPO), `branch` one random step on an otherwise deterministic
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
-from vp_rl.configuration.kinds import Amount, Count
+from vp_rl.configuration.kinds import Amount, Count, Scales
 from vp_rl.functional import gaussian_kl, gaussian_log_prob, rows
 from vp_rl.interfaces import Policy
-from vp_rl.types import Branches, Conditioning, Latents, Steps, Trajectory, Transition, take
+from vp_rl.types import SCALE, Branches, Conditioning, Latents, Negative, Steps, Trajectory, Transition, take
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -29,15 +30,27 @@ class Sampler:
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1.0 is none and halves the cost, and so is 0, as model cards write it.
         eta: noise of each step, 0 (deterministic) to 1 (ancestral).
+        negative: what guidance points away from while it trains: `train`, the policy, both halves learning; `detach`,
+            the policy, its half for the prompt alone learning, which saves a quarter of a training step; `base`, the
+            model without its adapter. Whoever samples with plain diffusers has the policy in both halves.
+        scales: guidance scales of which one is drawn for each prompt, in place of `guidance`; None: that one.
     """
 
     steps: Count = 20
     guidance: Amount = 5.0
     eta: Amount = 0.0
+    negative: Negative = "train"
+    scales: Scales | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.guidance < 0 or self.eta < 0:
             raise ValueError(f"A sampler needs steps >= 1, guidance >= 0 and eta >= 0; got {self}.")
+        if self.negative not in get_args(Negative):
+            raise ValueError(f"sampler.negative={self.negative!r} must be one of {', '.join(get_args(Negative))}.")
+        if self.scales is not None and not (self.scales and min(self.scales) >= 1):
+            raise ValueError(
+                f"sampler.scales={self.scales} must be guidance scales of at least 1; null: guidance alone."
+            )
         if 0 < self.guidance < 1:
             raise ValueError(
                 f"A sampler's guidance={self.guidance} is between 0 and 1: diffusers takes that for none, and its "
@@ -59,6 +72,14 @@ class Sampler:
         """Standard deviation of each step: it depends on the schedule alone."""
         zeros = torch.zeros(self.steps, 1)
         return policy.process.transition(zeros, zeros, torch.arange(self.steps), self.steps, self.eta).std
+
+    def with_scales(self, conditioning: Conditioning, generators: Sequence[torch.Generator]) -> Conditioning:
+        """The prompts' conditioning with a guidance scale drawn for each, if there are several to draw from."""
+        if self.scales is None:
+            return conditioning
+        drawn = [self.scales[int(torch.randint(len(self.scales), (1,), generator=each))] for each in generators]
+        like = next(iter(conditioning.values()))
+        return {**conditioning, SCALE: torch.tensor(drawn, device=like.device)}
 
     @torch.no_grad()
     def sample(
@@ -139,7 +160,10 @@ class Sampler:
     def transition(self, policy: Policy, latents: Latents, step: Steps, conditioning: Conditioning) -> Transition:
         """The policy's Gaussian step from `latents`; rows may be at different steps. Gradients flow."""
         timestep = policy.process.timesteps(self.steps, latents.device)[step]
-        output = policy.predict(latents, timestep, conditioning, self.guidance)
+        if self.negative == "train":  # a policy without a negative half need not know of it
+            output = policy.predict(latents, timestep, conditioning, self.guidance)
+        else:
+            output = policy.predict(latents, timestep, conditioning, self.guidance, self.negative)
         return policy.process.transition(output, latents, step, self.steps, self.eta)
 
     def kl_to_reference(

@@ -26,6 +26,13 @@ Aspect = Literal["prompt_following", "aesthetic", "fidelity", "harmlessness"]
 
 Split = Literal["train", "validation", "test"]
 
+Negative = Literal["train", "detach", "base"]
+"""What guidance points away from: the policy's own output for the negative prompt, learning from both halves or from
+the one for the prompt alone; or the output of the model without its adapter."""
+
+SCALE = "guidance_scale"
+"""In `Conditioning`: the guidance scale of each row, which then counts in place of the sampler's."""
+
 ASPECTS: tuple[Aspect, ...] = get_args(Aspect)
 
 

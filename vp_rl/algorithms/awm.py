@@ -27,7 +27,7 @@ class AdvantageWeightedMatching(ForwardProcess):
 
     Args:
         policy, reward, sampler, optimizer, images_per_prompt, sample_batch, train_batch, inner_epochs, advantage_clip,
-            noise_levels, window, kl_weight, decay, seed: see `ForwardProcess` and `OnlineTraining`.
+            noise_levels, window, kl_weight, reference_guidance, decay, seed: see `ForwardProcess` and `OnlineTraining`.
         clip_range: how far rho may move.
         anchor_weight: scale of the mean squared difference of the outputs to those of the average.
         anchor_decay: how much of the average stays after a round, at most.
@@ -56,6 +56,7 @@ class AdvantageWeightedMatching(ForwardProcess):
         anchor_weight: kinds.Amount = 1.0,
         anchor_decay: kinds.Share = 0.3,
         anchor_warmup: kinds.Whole = 300,
+        reference_guidance: kinds.Amount = 1.0,
         decay: bool = False,
         seed: kinds.Seed = 0,
     ) -> None:
@@ -67,6 +68,7 @@ class AdvantageWeightedMatching(ForwardProcess):
             noise_levels=noise_levels,
             window=window,
             kl_weight=kl_weight,
+            reference_guidance=reference_guidance,
             images_per_prompt=images_per_prompt,
             sample_batch=sample_batch,
             train_batch=train_batch,

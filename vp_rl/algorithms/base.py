@@ -24,6 +24,7 @@ from vp_rl.interfaces import Policy, Process, Reward
 from vp_rl.types import Conditioning, Images, Scores
 
 _EXTRA = "_extra_state"  # torch's name for it
+SCALES = -2  # in place of an image's number: of the random numbers that draw a prompt's guidance scale
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 

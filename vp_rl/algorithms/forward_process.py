@@ -22,7 +22,7 @@ from vp_rl.algorithms.rounds import Batch, Part
 from vp_rl.functional import mean_square
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
-from vp_rl.types import Conditioning, Latents
+from vp_rl.types import SCALE, Conditioning, Latents
 
 
 class Noised(NamedTuple):
@@ -64,6 +64,8 @@ class ForwardProcess(OnlineTraining, ABC):
         noise_levels: timesteps that each image is trained at, drawn at random from `window`.
         window: first and last of them, as a share of the denoiser's; 1 is pure noise.
         kl_weight: scale of the mean squared difference of the outputs to those of the model without its adapter.
+        reference_guidance: the guidance scale of that model's outputs: above 1, what is learned is held near what the
+            model draws with guidance, and is then sampled without (CRD).
 
     Raises:
         ValueError: a setting is outside its range.
@@ -79,6 +81,7 @@ class ForwardProcess(OnlineTraining, ABC):
         noise_levels: int,
         window: tuple[float, float],
         kl_weight: float,
+        reference_guidance: float = 1.0,
         **settings: Any,
     ) -> None:
         super().__init__(policy, reward, sampler, optimizer, **settings)
@@ -86,6 +89,7 @@ class ForwardProcess(OnlineTraining, ABC):
             raise ValueError(f"algorithm.noise_levels={noise_levels} must be at least 1.")
         if not kl_weight >= 0:
             raise ValueError(f"algorithm.kl_weight={kl_weight} must be 0 or more.")
+        self.reference_guidance = reference_guidance
         self._timesteps = trained_timesteps(policy.process, window)
         self.examples_per_image, self.kl_weight, self.kept = noise_levels, kl_weight, 1
         self.older = Weights(policy.adapter_weights())
@@ -120,8 +124,13 @@ class ForwardProcess(OnlineTraining, ABC):
         return self.sampler.sample(self.policy, part.conditioning, part.noise)
 
     def _output(self, noised: Noised, conditioning: Conditioning) -> Latents:
+        return self._guided(noised, conditioning, 1.0)
+
+    def _guided(self, noised: Noised, conditioning: Conditioning, scale: float) -> Latents:
+        """Whatever scale the images were sampled with."""
         latents = self.policy.process.add_noise(noised.x0, noised.noise, noised.timestep)
-        return self.policy.predict(latents, noised.timestep, conditioning, 1.0)
+        told = {name: tensor for name, tensor in conditioning.items() if name != SCALE}
+        return self.policy.predict(latents, noised.timestep, told, scale)
 
     def _target(self, noised: Noised) -> Latents:
         return self.policy.process.target(noised.x0, noised.noise, noised.timestep)
@@ -134,7 +143,7 @@ class ForwardProcess(OnlineTraining, ABC):
     @torch.no_grad()
     def _output_of_reference(self, noised: Noised, conditioning: Conditioning) -> Latents:
         with self.policy.reference():
-            return self._output(noised, conditioning)
+            return self._guided(noised, conditioning, self.reference_guidance)
 
     def distance(self, batch: Batch, conditioning: Conditioning) -> Float[Tensor, " examples"]:
         """Mean squared difference of the outputs to those of the model without its adapter."""

@@ -28,7 +28,7 @@ class DiffusionNFT(ForwardProcess):
 
     Args:
         policy, reward, sampler, optimizer, images_per_prompt, sample_batch, train_batch, inner_epochs, advantage_clip,
-            noise_levels, window, kl_weight, decay, seed: see `ForwardProcess` and `OnlineTraining`.
+            noise_levels, window, kl_weight, reference_guidance, decay, seed: see `ForwardProcess` and `OnlineTraining`.
         beta: strength of the guidance that is learned; 1 is the published setting for one reward, 0.1 for several.
         old_decay: how much of the older adapter stays after a round, at most.
         old_warmup: rounds until then; before, it is that share of `old_decay`.
@@ -55,6 +55,7 @@ class DiffusionNFT(ForwardProcess):
         old_decay: kinds.Share = 0.5,
         old_warmup: kinds.Whole = 100,
         kl_weight: kinds.Amount = 1e-4,
+        reference_guidance: kinds.Amount = 1.0,
         decay: bool = False,
         seed: kinds.Seed = 0,
     ) -> None:
@@ -66,6 +67,7 @@ class DiffusionNFT(ForwardProcess):
             noise_levels=noise_levels,
             window=window,
             kl_weight=kl_weight,
+            reference_guidance=reference_guidance,
             images_per_prompt=images_per_prompt,
             sample_batch=sample_batch,
             train_batch=train_batch,

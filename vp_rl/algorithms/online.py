@@ -16,7 +16,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vp_rl.algorithms.base import MakeOptimizer
+from vp_rl.algorithms.base import SCALES, MakeOptimizer
 from vp_rl.algorithms.phases import Cut, Load, Phase, alike, rollout_phases
 from vp_rl.algorithms.prompt_training import EpochLoader, PromptBatches, PromptTraining
 from vp_rl.algorithms.rounds import Batch, Means, Part, Rollout, Scoring, Share, of_all, own, share_of
@@ -175,7 +175,8 @@ class OnlineTraining(PromptTraining, ABC):
         """Samples a round's images, scores them, and keeps what is learned from."""
         share, started = share_of(batch, self.images_per_prompt, self.trainer.world_size), time.monotonic()
         self.prompts, self._sharing = batch.prompts, batch.share[1]
-        conditioning = self.policy.encode(batch.prompts)
+        scales = self.generators(share.places, [SCALES], *position)
+        conditioning = self.sampler.with_scales(self.policy.encode(batch.prompts), scales)
         with Scoring(self.policy.decode, self._score, self.sample_batch, self.reward.elsewhere) as scoring:
             examples = self._sampled(conditioning, share, scoring, *position)
             scores = scoring.result().to(self.device)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from vp_rl.algorithms.base import MakeOptimizer, total_norm
+from vp_rl.algorithms.base import SCALES, MakeOptimizer, total_norm
 from vp_rl.algorithms.phases import PROMPT, Load, Phase, alike
 from vp_rl.algorithms.prompt_training import PromptTraining
 from vp_rl.interfaces import Policy, Reward
@@ -112,7 +112,8 @@ class RewardGradient(PromptTraining, ABC):
         places = range(len(batch.prompts)) if batch.places is None else batch.places
         before = piece * len(batch.prompts) * self.trainer.world_size // sharing
         noise = self.generators((before + place for place in places), [first], *position)
-        conditioning = self.policy.encode(batch.prompts)
+        scales = self.generators((before + place for place in places), [SCALES], *position)
+        conditioning = self.sampler.with_scales(self.policy.encode(batch.prompts), scales)
         latents = self.sampler.sample(self.policy, conditioning, noise, until=start)
         return self.finish(latents, start, conditioning, noise)
 

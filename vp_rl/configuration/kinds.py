@@ -38,6 +38,8 @@ Seeds = Annotated[Sequence[Seed], MinLen(1)]
 Real = Annotated[float, Interval(ge=-1e6, le=1e6)]
 Amount = Annotated[float, Ge(0)]
 Amounts = Annotated[Sequence[Amount], MinLen(1)]
+Scales = Annotated[Sequence[Annotated[float, Ge(1)]], MinLen(1)]
+"""Of guidance."""
 Positive = Annotated[float, Gt(0)]
 Share = Annotated[float, Interval(ge=0, le=1)]
 Part = Annotated[float, Interval(gt=0, le=1)]

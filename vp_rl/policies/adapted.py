@@ -19,7 +19,7 @@ from vp_rl.policies.economy import Economy
 from vp_rl.policies.lora import Adapter
 from vp_rl.policies.precision import keep_norms
 from vp_rl.policies.text_cache import TextCache, key_of
-from vp_rl.types import Conditioning, Images, Latents
+from vp_rl.types import Conditioning, Images, Latents, Negative
 
 Tokens = list[Int[Tensor, "batch _"]]
 """What each text encoder reads, in the order of the encoders."""
@@ -141,10 +141,16 @@ class AdaptedPolicy(Policy):
         return self._pack(randn_tensor((batch, *self.latent_shape), several, self.device, torch.float32))
 
     def predict(
-        self, latents: Latents, timestep: Float[Tensor, " batch"], conditioning: Conditioning, guidance: float
+        self,
+        latents: Latents,
+        timestep: Float[Tensor, " batch"],
+        conditioning: Conditioning,
+        guidance: float,
+        negative: Negative = "train",
     ) -> Latents:
         """The denoiser's output in float32, after the family's kind of guidance."""
-        return self.guidance(self._denoise, latents, timestep, conditioning, guidance)
+        base = self.reference if negative == "base" else None
+        return self.guidance(self._denoise, latents, timestep, conditioning, guidance, negative != "train", base)
 
     @abstractmethod
     def _denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor: ...

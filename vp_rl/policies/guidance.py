@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -9,7 +10,8 @@ from diffusers.models.embeddings import get_timestep_embedding
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vp_rl.types import Conditioning, Latents
+from vp_rl.functional import rows
+from vp_rl.types import SCALE, Conditioning, Latents
 
 log = logging.getLogger(__name__)
 
@@ -32,18 +34,33 @@ class Guidance(nn.Module):
         timestep: Float[Tensor, " batch"],
         conditioning: Conditioning,
         scale: float,
+        detach: bool = False,
+        base: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> Latents:
         """without + scale (with - without), both in one batch; a scale of 1 is the denoiser itself.
 
         So is 0: the cards of models that do without guidance say 0, which in diffusers is none, and not its formula's
         image of no prompt.
+
+        Args:
+            denoise: the denoiser.
+            latents, timestep, conditioning: of the images; a scale of each row's own (`SCALE`) counts more.
+            scale: of all rows.
+            detach: whether `without` has no gradient, which then is `scale` times that of the half for the prompt.
+            base: inside it the denoiser is the one that `without` comes from; None: as it is.
         """
-        if scale in (0, 1):
+        conditioning, scales = _scales(conditioning, scale, latents)
+        if scales is None and scale in (0, 1):
             return denoise(latents, timestep, conditioning)
+        scaled = scale if scales is None else scales
         negative = {name: self.get_buffer(name).expand_as(tensor) for name, tensor in conditioning.items()}
+        if base is not None or (detach and torch.is_grad_enabled()):
+            with torch.no_grad(), nullcontext() if base is None else base():
+                without = denoise(latents, timestep, negative)
+            return without + scaled * (denoise(latents, timestep, conditioning) - without)
         both = {name: torch.cat([negative[name], tensor]) for name, tensor in conditioning.items()}
         without, with_prompt = denoise(torch.cat([latents] * 2), torch.cat([timestep] * 2), both).chunk(2)
-        return without + scale * (with_prompt - without)
+        return without + scaled * (with_prompt - without)
 
 
 class Distilled(nn.Module):
@@ -60,14 +77,28 @@ class Distilled(nn.Module):
         timestep: Float[Tensor, " batch"],
         conditioning: Conditioning,
         scale: float,
+        detach: bool = False,
+        base: Callable[[], AbstractContextManager[None]] | None = None,
     ) -> Latents:
-        """The denoiser itself, at no further cost."""
+        """The denoiser itself, at no further cost. It has no negative half that `detach` and `base` could change."""
+        conditioning, scales = _scales(conditioning, scale, latents)
         if self._embeds:
-            conditioning = {**conditioning, "guidance": torch.full_like(timestep, scale)}
+            given = torch.full_like(timestep, scale) if scales is None else scales.flatten().to(timestep)
+            conditioning = {**conditioning, "guidance": given}
         elif scale not in (0, 1) and not self._warned:
             self._warned = True
             log.warning("This model (schnell) has no guidance: a scale of %g is ignored. Set it to 1.", scale)
         return denoise(latents, timestep, conditioning)
+
+
+def _scales(
+    conditioning: Conditioning, scale: float, latents: Latents
+) -> tuple[Conditioning, Float[Tensor, "batch *ones"] | None]:
+    """What the denoiser is told, and the scales of the rows, where they have their own."""
+    if SCALE not in conditioning:
+        return conditioning, None
+    told = {name: tensor for name, tensor in conditioning.items() if name != SCALE}
+    return told, rows(conditioning[SCALE].to(latents), latents)
 
 
 def of_unet(unet: UNet2DConditionModel, negative: Conditioning) -> Guidance | Distilled:

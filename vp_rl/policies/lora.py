@@ -1,6 +1,6 @@
 """The trainable part of a policy: a LoRA on its denoiser, whatever the family, and its file in diffusers' format."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -64,6 +64,8 @@ class Adapter:
     ) -> None:
         self.denoiser, self._component, self._pipeline = denoiser, component, pipeline
         self._on = lora is not None
+        self._merged: Sequence[tuple[nn.Parameter, Tensor]] = ()
+        """While it is merged: the frozen weights, and what they are without it."""
         denoiser.requires_grad_(False)
         if lora is not None:
             lora_settings.check(lora, denoiser, _NAMES[component])
@@ -79,10 +81,14 @@ class Adapter:
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Inside it the adapter is off.
+        """Inside it the adapter is off, also where it is merged into the frozen weights.
 
         Always switched back on, since a backward pass with it off silently gives no gradients.
         """
+        if self._merged:
+            with self._swapped(self._merged):
+                yield
+            return
         if not self._on:
             yield
             return
@@ -110,15 +116,28 @@ class Adapter:
         if not self._on or rounding or sharded or any(map(_special, layers)):
             yield
             return
-        before = [weight.data for weight in frozen]
         with torch.no_grad():
-            for layer, weight in zip(layers, frozen, strict=True):
-                weight.data = weight.data + layer.get_delta_weight("default")
-        try:
-            with self.off():
+            sums = [
+                weight.data + layer.get_delta_weight("default") for layer, weight in zip(layers, frozen, strict=True)
+            ]
+        before = [(weight, weight.data) for weight in frozen]
+        with self.off(), self._swapped(list(zip(frozen, sums, strict=True))):
+            self._merged = before
+            try:
                 yield
+            finally:
+                self._merged = []
+
+    @contextmanager
+    def _swapped(self, others: Sequence[tuple[nn.Parameter, Tensor]]) -> Iterator[None]:
+        """Inside it these weights are others."""
+        before = [weight.data for weight, _ in others]
+        for weight, data in others:
+            weight.data = data
+        try:
+            yield
         finally:
-            for weight, data in zip(frozen, before, strict=True):
+            for (weight, _), data in zip(others, before, strict=True):
                 weight.data = data
 
     def save(self, directory: Path) -> None:

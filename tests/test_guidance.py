@@ -1,0 +1,115 @@
+"""What the negative half of guidance may be while training, and scales of a prompt's own."""
+
+from typing import Any
+
+import pytest
+import torch
+from fakes import LinearPolicy
+from families import PROMPTS, TIMESTEP, adapter, make, perturb
+from torch import Tensor
+
+from vp_rl.policies.sd import StableDiffusion
+from vp_rl.sampler import Sampler
+from vp_rl.types import SCALE, Negative
+
+SCALES = [1.0, 2.0, 3.5, 7.5]
+FAMILIES = ["tiny_sd", "sdxl", "sd3"]
+
+
+@pytest.fixture(params=FAMILIES)
+def policy(request: pytest.FixtureRequest) -> StableDiffusion:
+    made = make(request.param)
+    perturb(made)
+    return made
+
+
+def output(policy: Any, scale: float, negative: Negative = "train", prompts: list[str] = PROMPTS) -> Tensor:
+    latents = policy.noise(len(prompts), torch.Generator().manual_seed(3))
+    return policy.predict(latents, TIMESTEP[: len(prompts)], policy.encode(prompts), scale, negative)
+
+
+def slopes(policy: Any, predicted: Tensor, by: Tensor) -> dict[str, Tensor]:
+    """The adapter's gradients of <by, predicted>."""
+    policy.zero_grad()
+    (predicted * by).sum().backward()
+    return {name: parameter.grad for name, parameter in adapter(policy).items() if parameter.grad is not None}
+
+
+def close(found: Tensor, expected: Tensor) -> None:
+    """To float32's rounding of sums that batches and orders change."""
+    found, expected = found.detach(), expected.detach()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("negative", ["train", "detach", "base"])
+def test_at_scale_one_there_is_no_negative_half(policy: StableDiffusion, negative: Negative) -> None:
+    assert torch.equal(output(policy, 1.0, negative), output(policy, 1.0))
+
+
+def test_a_detached_negative_half_changes_gradients_alone(policy: StableDiffusion) -> None:
+    close(output(policy, 3.0, "detach"), output(policy, 3.0))
+
+
+def test_the_gradient_with_a_detached_half_is_scale_times_that_of_the_half_for_the_prompt(
+    policy: StableDiffusion,
+) -> None:
+    guided = output(policy, 3.0, "detach")
+    by = torch.randn(guided.shape, generator=torch.Generator().manual_seed(4))
+    found = slopes(policy, guided, by)
+    for name, slope in slopes(policy, output(policy, 1.0), by).items():
+        close(found[name], 3.0 * slope)
+
+
+def test_the_base_models_negative_half_is_that_of_the_adapter_switched_off(policy: StableDiffusion) -> None:
+    with torch.no_grad():
+        with policy.reference():
+            latents = policy.noise(len(PROMPTS), torch.Generator().manual_seed(3))
+            without = policy.predict(latents, TIMESTEP, policy.encode([""] * len(PROMPTS)), 1.0)
+        if type(policy).__name__ == "StableDiffusionXL":
+            pytest.skip("its negative half is zeros, which no prompt is")
+        expected = without + 3.0 * (output(policy, 1.0) - without)
+        close(output(policy, 3.0, "base"), expected)
+        assert (output(policy, 3.0) - expected).abs().max() > 1e-3, "the adapter must matter to it"
+
+
+@pytest.mark.parametrize("negative", ["train", "detach", "base"])
+def test_merged_and_unmerged_give_the_same(policy: StableDiffusion, negative: Negative) -> None:
+    with torch.no_grad():
+        plain = output(policy, 3.0, negative)
+        with policy.merged():
+            close(output(policy, 3.0, negative), plain)
+            with policy.reference():
+                off = output(policy, 1.0)
+        with policy.reference():
+            assert torch.equal(off, output(policy, 1.0)), "also while merged, the reference has no adapter"
+        assert torch.equal(output(policy, 3.0, negative), plain), "merging leaves the weights as they were"
+
+
+def test_rows_have_scales_of_their_own(policy: StableDiffusion) -> None:
+    told = policy.encode(PROMPTS)
+    latents = policy.noise(len(PROMPTS), torch.Generator().manual_seed(3))
+    found = policy.predict(latents, TIMESTEP, {**told, SCALE: torch.tensor([1.0, 4.0])}, 2.0)
+    for row, scale in enumerate((1.0, 4.0)):
+        close(found[row], output(policy, scale)[row])
+
+
+def test_scales_are_drawn_for_each_prompt_and_reach_the_sampler() -> None:
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4000)]
+    sampler = Sampler(steps=3, scales=SCALES)
+    drawn = sampler.with_scales({"prompt": torch.zeros(4000, 1)}, generators)[SCALE]
+    counts = torch.stack([(drawn == scale).sum() for scale in SCALES])
+    assert int(counts.sum()) == 4000
+    # Binomial: 1000 with a standard deviation of 27.4; four of them leave five of those.
+    assert (counts - 1000).abs().max() < 137
+    assert SCALE not in Sampler(steps=3).with_scales({"prompt": torch.zeros(4, 1)}, generators[:4])
+
+
+def test_a_policy_that_knows_no_negative_half_is_asked_for_none() -> None:
+    policy = LinearPolicy()
+    Sampler(steps=3, guidance=2.0).sample(policy, policy.encode(["a"]))
+
+
+@pytest.mark.parametrize("settings", [{"negative": "off"}, {"scales": []}, {"scales": [0.5, 2.0]}])
+def test_what_makes_no_sense_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"sampler.{next(iter(settings))}"):
+        Sampler(**settings)
