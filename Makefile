@@ -1,7 +1,7 @@
 # A bare machine needs python3.11 (or a newer python3), gcc, make and git. `make` alone lists the targets.
 SHELL := bash
 .DEFAULT_GOAL := help
-.PHONY: help demo visionprefer paper test test-all lint bench docs setup clean
+.PHONY: help demo visionprefer paper compare test test-all lint bench docs setup clean
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -22,6 +22,9 @@ visionprefer: $(STAMP) ## build VisionPrefer in the embedded world: 500 prompts 
 
 paper: $(STAMP) ## the paper's claims in the embedded world: 70 jobs, some two hours, one page; stop it and start it again
 	$(BIN)/python scripts/paper.py
+
+compare: $(STAMP) ## every method for the same time each, at the guidance people use: one table; stop it and start it again
+	$(BIN)/python scripts/compare.py
 
 # Files are dealt out to processes of one thread each: twice as fast on two cores as one process of two threads.
 PARALLEL := -n logical --maxprocesses 4 --dist loadfile

@@ -11,19 +11,14 @@ JOB.log of the folder, and what it left is used as it is for as long as it is th
 import argparse
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
+from jobs import Job, Runner, last_of_each, shown
 from paper_page import write_page
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from vp_rl.types import ASPECTS
 
-ROOT = Path(__file__).parents[1]
 PROMPTS, IMAGES, EPOCHS = 900, 6, 3  # of training VP-Score: a tenth of what the shipped one has seen
 EPOCHS_OF = {"refl_vpscore": 10, "ddpo_vpscore": 10}  # a third and a half of the experiments' own: 27 models are tuned
 SHARES = {"1_8": 0.125, "1_4": 0.25, "1_2": 0.5}
@@ -32,15 +27,6 @@ WITHOUT = {f"without_{aspect}": "+".join(other for other in ASPECTS if other != 
 ONLY = {f"only_{aspect}": aspect for aspect in ASPECTS[:2]}
 JUDGED = ("all", *WITHOUT, *ONLY)
 """Rewards that a model is tuned against by ReFL, beside CLIP's cosine."""
-
-
-@dataclass(frozen=True)
-class Job:
-    """A command that leaves a file when it is done."""
-
-    name: str
-    command: tuple[str, ...]
-    result: Path
 
 
 def main() -> None:
@@ -56,8 +42,7 @@ def main() -> None:
     given = parser.parse_args()
     folder = given.folder.resolve()
     if given.list:
-        for job in (job for stage in stages(folder, given.seeds) for job in stage):
-            print(f"{'done' if job.result.exists() else 'to do':6} {job.name}")
+        print(shown(stages(folder, given.seeds)))
         return
     folder.mkdir(parents=True, exist_ok=True)
     if not given.page:
@@ -115,11 +100,6 @@ def reward_models(folder: Path, seed: int) -> Iterator[Job]:
         yield Job(own.name, last_of_each(command), own / "summary.json")
 
 
-def last_of_each(command: Sequence[str]) -> tuple[str, ...]:
-    """Without settings that are given again later, which Hydra would refuse."""
-    return tuple({argument.partition("=")[0]: argument for argument in command}.values())
-
-
 def policies(folder: Path, seed: int) -> Iterator[Job]:
     """Models of one seed, tuned against the rewards of that seed; nothing is chosen by the judge on the way."""
     checkpoint = "reward.checkpoint={}/reward-{}-{}/vp_score".format
@@ -153,33 +133,13 @@ def accuracy(folder: Path, seed: int) -> Job:
 
 
 def run(folder: Path, seeds: Sequence[int], at_once: int) -> None:
-    """Runs what is not done yet; a job that fails does not stop those beside it.
-
-    Raises:
-        SystemExit: a job failed; names its log.
-    """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    jobs = stages(folder, seeds)
-    with Progress(*columns) as progress, ThreadPoolExecutor(at_once) as pool:
-        bar = progress.add_task("paper", total=sum(map(len, jobs)))
-        for stage in jobs:
+    """Runs what is not done yet."""
+    every = stages(folder, seeds)
+    with Runner("paper", folder, sum(map(len, every)), at_once) as runner:
+        for stage in every:
             if any(job.result.parent.name.startswith("data-") for job in stage):
                 share_images(folder)
-            threads = max(1, at_once // len(stage))
-            running = {job: pool.submit(do, job, folder, threads) for job in stage}
-            for job, future in running.items():
-                progress.update(bar, description=job.name)
-                future.add_done_callback(lambda _: progress.advance(bar))
-            try:
-                failed = [job.name for job, future in running.items() if future.result()]
-            except KeyboardInterrupt:  # or those that wait would still be begun
-                pool.shutdown(cancel_futures=True)
-                raise
-            if failed:
-                sys.exit(
-                    f"error: {', '.join(failed)} failed; why is at the end of {folder / failed[0]}.log. Everything "
-                    "that is done is kept: the same command goes on."
-                )
+            runner.run(stage)
 
 
 def share_images(folder: Path) -> None:
@@ -191,17 +151,6 @@ def share_images(folder: Path) -> None:
             shutil.rmtree(unfinished, ignore_errors=True)
             shutil.copytree(folder / "data.work", unfinished)
             unfinished.rename(work)
-
-
-def do(job: Job, folder: Path, threads: int = 1) -> int:
-    """Runs one job, unless it is done; its exit code."""
-    if job.result.exists():
-        return 0
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    with (folder / f"{job.name}.log").open("w") as log:
-        return subprocess.run(
-            (sys.executable, *job.command), cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT
-        ).returncode
 
 
 if __name__ == "__main__":

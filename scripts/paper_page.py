@@ -1,12 +1,13 @@
 """What `scripts/paper.py` found, as `paper.md` with its plots and as one self-contained page, `paper.html`."""
 
 import base64
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
 from markdown_it import MarkdownIt
+from matplotlib.figure import Figure
 from paper_plots import Point, bars, lines
 from paper_results import (
     ABLATED,
@@ -73,17 +74,21 @@ def write_page(folder: Path, seeds: Sequence[int]) -> Path:
         "tuned.png": bars(tuned(results), "change of the judge's mean rating, with 95% intervals"),
         "data.png": lines(panels, "VP-Score's accuracy in %", log=[_DATA]),
     }
+    return framed(folder / "paper.html", "The paper's claims in the embedded world", page(results, seeds), plots)
+
+
+def framed(file: Path, title: str, text: str, plots: Mapping[str, Figure]) -> Path:
+    """Writes Markdown and its plots beside a self-contained page, and the page."""
     for name, figure in plots.items():
-        figure.savefig(folder / name, dpi=130)
-    text = page(results, seeds)
-    (folder / "paper.md").write_text(text, encoding="utf-8")
+        figure.savefig(file.with_name(name), dpi=130)
+    file.with_suffix(".md").write_text(text, encoding="utf-8")
     html = MarkdownIt("commonmark", {"html": False}).enable("table").render(text)
     for name in plots:
-        data = base64.b64encode((folder / name).read_bytes()).decode()
+        data = base64.b64encode(file.with_name(name).read_bytes()).decode()
         html = html.replace(f'src="{name}"', f'src="data:image/png;base64,{data}"')
     frame = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    (folder / "paper.html").write_text(frame.replace("BODY", html), encoding="utf-8")
-    return folder / "paper.html"
+    file.write_text(frame.replace("TITLE", title).replace("BODY", html), encoding="utf-8")
+    return file
 
 
 def claims() -> list[Claim]:

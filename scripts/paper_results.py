@@ -3,7 +3,7 @@
 import csv
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -118,8 +118,13 @@ def norm(parts: Float[np.ndarray, " prompts"]) -> float:
     return float(np.linalg.norm(parts))
 
 
-def changes(file: Path) -> dict[str, Float[np.ndarray, " prompts"]]:
-    """By metric: how much more the tuned model's images of a prompt have than the base's, averaged over their seeds."""
+def changes(file: Path, metrics: Collection[str] = METRICS) -> dict[str, Float[np.ndarray, " prompts"]]:
+    """By metric: how much more the tuned model's images of a prompt have than the base's, averaged over their seeds.
+
+    Args:
+        file: `scores.csv` of a run.
+        metrics: those of interest; one that the file has not is left out.
+    """
     rows = read_csv(file)
     if not rows:
         return {}
@@ -129,7 +134,8 @@ def changes(file: Path) -> dict[str, Float[np.ndarray, " prompts"]]:
             [float(row[f"tuned/{metric}"]) - float(row[f"base/{metric}"]) for row in rows if row["prompt"] == prompt]
             for prompt in prompts
         ]
-        for metric in METRICS
+        for metric in metrics
+        if f"tuned/{metric}" in rows[0]
     }
     return {metric: np.array(values).mean(1) for metric, values in by_prompt.items()}
 

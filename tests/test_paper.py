@@ -9,7 +9,8 @@ import pytest
 from evaluate import expand
 from hydra import compose, initialize_config_dir
 from hydra.core.hydra_config import HydraConfig
-from paper import Job, dataset, do, share_images, stages
+from jobs import Job, do
+from paper import dataset, share_images, stages
 from paper_page import Claim, verdict, write_page
 from paper_results import METRICS, Difference, Measured, accuracies, accurate, more_accurate, more_changed, read
 

@@ -27,7 +27,8 @@ class AdvantageWeightedMatching(ForwardProcess):
 
     Args:
         policy, reward, sampler, optimizer, images_per_prompt, sample_batch, train_batch, inner_epochs, advantage_clip,
-            noise_levels, window, kl_weight, reference_guidance, decay, seed: see `ForwardProcess` and `OnlineTraining`.
+            noise_levels, window, kl_weight, reference_guidance, shared_noise, decay,
+            seed: see `ForwardProcess` and `OnlineTraining`.
         clip_range: how far rho may move.
         anchor_weight: scale of the mean squared difference of the outputs to those of the average.
         anchor_decay: how much of the average stays after a round, at most.
@@ -57,6 +58,7 @@ class AdvantageWeightedMatching(ForwardProcess):
         anchor_decay: kinds.Share = 0.3,
         anchor_warmup: kinds.Whole = 300,
         reference_guidance: kinds.Amount = 1.0,
+        shared_noise: bool = True,
         decay: bool = False,
         seed: kinds.Seed = 0,
     ) -> None:
@@ -69,6 +71,7 @@ class AdvantageWeightedMatching(ForwardProcess):
             window=window,
             kl_weight=kl_weight,
             reference_guidance=reference_guidance,
+            shared_noise=shared_noise,
             images_per_prompt=images_per_prompt,
             sample_batch=sample_batch,
             train_batch=train_batch,

@@ -24,6 +24,8 @@ from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
 from vp_rl.types import SCALE, Conditioning, Latents
 
+_NOISE = -3  # in place of an image's number: of the random numbers that noise all images of a prompt
+
 
 class Noised(NamedTuple):
     """Finished images with the noise that they are trained at."""
@@ -66,6 +68,8 @@ class ForwardProcess(OnlineTraining, ABC):
         kl_weight: scale of the mean squared difference of the outputs to those of the model without its adapter.
         reference_guidance: the guidance scale of that model's outputs: above 1, what is learned is held near what the
             model draws with guidance, and is then sampled without (CRD).
+        shared_noise: whether the images of a prompt are noised by the same noise to the same timesteps (DGPO): what
+            tells them apart is then the images alone, and what they have in common cancels out of the gradient.
 
     Raises:
         ValueError: a setting is outside its range.
@@ -82,6 +86,7 @@ class ForwardProcess(OnlineTraining, ABC):
         window: tuple[float, float],
         kl_weight: float,
         reference_guidance: float = 1.0,
+        shared_noise: bool = True,
         **settings: Any,
     ) -> None:
         super().__init__(policy, reward, sampler, optimizer, **settings)
@@ -89,7 +94,7 @@ class ForwardProcess(OnlineTraining, ABC):
             raise ValueError(f"algorithm.noise_levels={noise_levels} must be at least 1.")
         if not kl_weight >= 0:
             raise ValueError(f"algorithm.kl_weight={kl_weight} must be 0 or more.")
-        self.reference_guidance = reference_guidance
+        self.reference_guidance, self.shared_noise = reference_guidance, shared_noise
         self._timesteps = trained_timesteps(policy.process, window)
         self.examples_per_image, self.kl_weight, self.kept = noise_levels, kl_weight, 1
         self.older = Weights(policy.adapter_weights())
@@ -108,17 +113,23 @@ class ForwardProcess(OnlineTraining, ABC):
             )
 
     def collect(self, part: Part, *position: int) -> tuple[Latents, Noised]:
-        """Finished images, each with noise levels of its own."""
+        """Finished images, each at noise levels of its own, or at those of its prompt."""
         x0 = self._sample(part)
-        number, low = self.examples_per_image, self._timesteps.start
-        noise, timesteps = [], []
-        for generator in part.noise:
-            noise += [torch.randn(x0.shape[1:], generator=generator) for _ in range(number)]
-            drawn = torch.rand(number, generator=generator) + torch.arange(
-                number
-            )  # one of each equal part of the window
-            timesteps.append(low + (drawn / number * len(self._timesteps)).floor())
-        return x0, Noised(x0.repeat_interleave(number, 0), torch.stack(noise), torch.cat(timesteps))
+        if self.shared_noise:
+            ahead = self.generators(part.places, [_NOISE], *position)
+            found = dict(zip(part.places, (self._levels(x0, generator) for generator in ahead), strict=True))
+            drawn = [found[place] for place in part.of]
+        else:
+            drawn = [self._levels(x0, generator) for generator in part.noise]
+        noise, timesteps = (torch.cat(each) for each in zip(*drawn, strict=True))
+        return x0, Noised(x0.repeat_interleave(self.examples_per_image, 0), noise, timesteps)
+
+    def _levels(self, x0: Latents, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Noise and timesteps, one of each equal part of the window."""
+        number = self.examples_per_image
+        noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for _ in range(number)])
+        share = (torch.rand(number, generator=generator) + torch.arange(number)) / number
+        return noise, self._timesteps.start + (share * len(self._timesteps)).floor()
 
     def _sample(self, part: Part) -> Latents:
         return self.sampler.sample(self.policy, part.conditioning, part.noise)

@@ -28,7 +28,8 @@ class DiffusionNFT(ForwardProcess):
 
     Args:
         policy, reward, sampler, optimizer, images_per_prompt, sample_batch, train_batch, inner_epochs, advantage_clip,
-            noise_levels, window, kl_weight, reference_guidance, decay, seed: see `ForwardProcess` and `OnlineTraining`.
+            noise_levels, window, kl_weight, reference_guidance, shared_noise, decay,
+            seed: see `ForwardProcess` and `OnlineTraining`.
         beta: strength of the guidance that is learned; 1 is the published setting for one reward, 0.1 for several.
         old_decay: how much of the older adapter stays after a round, at most.
         old_warmup: rounds until then; before, it is that share of `old_decay`.
@@ -56,6 +57,7 @@ class DiffusionNFT(ForwardProcess):
         old_warmup: kinds.Whole = 100,
         kl_weight: kinds.Amount = 1e-4,
         reference_guidance: kinds.Amount = 1.0,
+        shared_noise: bool = True,
         decay: bool = False,
         seed: kinds.Seed = 0,
     ) -> None:
@@ -68,6 +70,7 @@ class DiffusionNFT(ForwardProcess):
             window=window,
             kl_weight=kl_weight,
             reference_guidance=reference_guidance,
+            shared_noise=shared_noise,
             images_per_prompt=images_per_prompt,
             sample_batch=sample_batch,
             train_batch=train_batch,

@@ -214,8 +214,8 @@ class OnlineTraining(PromptTraining, ABC):
         kept: list[Any] = []
         for start in range(0, len(prompt), size):
             rows = prompt[start : start + size]
-            places = [share.places[row] for row in rows.unique().tolist()]
-            part = Part(take(conditioning, rows), noise[start : start + size], places, each)
+            of = [share.places[row] for row in rows.tolist()]
+            part = Part(take(conditioning, rows), noise[start : start + size], list(dict.fromkeys(of)), each, of)
             finished, examples = self.collect(part, *position)
             scoring.add(finished, [self.prompts[row] for row in rows.tolist()])
             kept.append(type(examples)(*(field.cpu() for field in examples)))

@@ -36,6 +36,8 @@ class Part(NamedTuple):
     """Of the prompts among those of all devices: what is drawn once a prompt follows from these."""
     each: int
     """Images of each prompt; with `whole_prompts` all that this device makes of it."""
+    of: list[int]
+    """The place of each image's prompt."""
 
 
 class Batch(NamedTuple):
