@@ -7,18 +7,28 @@ log-probabilities (DDPO), `branch` one random step on an otherwise deterministic
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
-from vp_rl.configuration.kinds import Amount, Count
+from vp_rl.configuration.kinds import Amount, Count, Noise
 from vp_rl.functional import gaussian_kl, gaussian_log_prob, rows
 from vp_rl.interfaces import Policy
 from vp_rl.types import Branches, Conditioning, Latents, Steps, Trajectory, Transition, take
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@runtime_checkable
+class KeepsCoefficients(Protocol):
+    """A process that has coefficients-preserving steps (CPS) beside its own."""
+
+    def cps_transition(self, output: Latents, latents: Latents, step: Steps, steps: int, eta: float) -> Transition:
+        """Like `Process.transition`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -29,11 +39,13 @@ class Sampler:
         steps: denoising steps.
         guidance: classifier-free guidance scale; 1.0 is none and halves the cost, and so is 0, as model cards write it.
         eta: noise of each step, 0 (deterministic) to 1 (ancestral).
+        noise: how it is added: `sde`, as the process has it, or `cps`, for flow models: see `Flow.cps_transition`.
     """
 
     steps: Count = 20
     guidance: Amount = 5.0
     eta: Amount = 0.0
+    noise: Noise = "sde"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.guidance < 0 or self.eta < 0:
@@ -43,6 +55,8 @@ class Sampler:
                 f"A sampler's guidance={self.guidance} is between 0 and 1: diffusers takes that for none, and its "
                 "formula for leading away from the prompt. Set it to 1, which is none, or above."
             )
+        if self.noise == "cps" and self.eta > 1:
+            raise ValueError(f"sampler.eta={self.eta} must be at most 1 with sampler.noise=cps: all noise is new then.")
 
     def window(self, setting: str, low: float, high: float) -> range:
         """The steps between two shares of all steps, at least one.
@@ -58,7 +72,7 @@ class Sampler:
     def stds(self, policy: Policy) -> Float[Tensor, " steps"]:
         """Standard deviation of each step: it depends on the schedule alone."""
         zeros = torch.zeros(self.steps, 1)
-        return policy.process.transition(zeros, zeros, torch.arange(self.steps), self.steps, self.eta).std
+        return self._step(policy, zeros, zeros, torch.arange(self.steps)).std
 
     @torch.no_grad()
     def sample(
@@ -79,24 +93,28 @@ class Sampler:
         conditioning: Conditioning,
         generator: Generators = None,
         random: Collection[int] | None = None,
+        means: bool = False,
     ) -> Trajectory:
         """The whole way from noise to finished latents, with the log-probability of each step.
 
         Args:
             random: the steps that are taken with noise, the others without (MixGRPO); None: all of them.
+            means: whether the steps' means are kept too.
         """
         still = replace(self, eta=0.0)
         latents = self._noise(policy, conditioning, generator)
-        path, log_probs, stds = [latents], [], []
+        path, centres, log_probs, stds = [latents], [], [], []
         with policy.merged():
             for step in range(self.steps):
                 sampler = self if random is None or step in random else still
                 transition = sampler.transition(policy, latents, self._at(step, latents), conditioning)
                 latents = sampler.draw(transition, generator)
                 path.append(latents)
+                centres += [transition.mean] if means else []
                 log_probs.append(log_prob_of(latents, transition))
                 stds.append(transition.std[0])
-        return Trajectory(torch.stack(path, 1), torch.stack(log_probs, 1), torch.stack(stds))
+        kept = torch.stack(centres, 1) if means else latents[:, None][:, :0]
+        return Trajectory(torch.stack(path, 1), torch.stack(log_probs, 1), torch.stack(stds), kept)
 
     @torch.no_grad()
     def branch(
@@ -140,7 +158,18 @@ class Sampler:
         """The policy's Gaussian step from `latents`; rows may be at different steps. Gradients flow."""
         timestep = policy.process.timesteps(self.steps, latents.device)[step]
         output = policy.predict(latents, timestep, conditioning, self.guidance)
-        return policy.process.transition(output, latents, step, self.steps, self.eta)
+        return self._step(policy, output, latents, step)
+
+    def _step(self, policy: Policy, output: Latents, latents: Latents, step: Steps) -> Transition:
+        process = policy.process
+        if self.noise == "sde":
+            return process.transition(output, latents, step, self.steps, self.eta)
+        if not isinstance(process, KeepsCoefficients):
+            raise ValueError(
+                f"sampler.noise=cps is for flow models (policy=sd3, flux), and this policy's steps are "
+                f"{type(process).__name__}'s, which keep the coefficients as they are: leave sampler.noise at sde."
+            )
+        return process.cps_transition(output, latents, step, self.steps, self.eta)
 
     def kl_to_reference(
         self, policy: Policy, transition: Transition, latents: Latents, step: Steps, conditioning: Conditioning
