@@ -109,7 +109,8 @@ def divergence_bounded(
         limit: in the published code 1e-5.
     """
     goes_on = (divergence >= limit) & (log_ratio.detach() * advantages > 0)
-    return torch.where(goes_on, 0.0, -advantages * log_ratio.exp())
+    ratio = torch.where(goes_on, 0.0, log_ratio).exp()  # whose gradient is a number where it would overflow
+    return torch.where(goes_on, 0.0, -advantages * ratio)
 
 
 def seed_of(*position: object) -> int:
