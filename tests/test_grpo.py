@@ -12,6 +12,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from fakes import BlackBox, LinearPolicy, QuadraticReward, fit
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from test_parallel import Liked, Mixing, assert_same, run
 from test_weighted import Channel
 from torch import Tensor
@@ -366,13 +367,6 @@ def test_a_round_by_parts_has_the_advantages_of_its_parts() -> None:
     assert round_.batch.kl_weights is None
 
 
-def test_parts_that_are_asked_for_once_give_the_rewards_own_score() -> None:
-    images = torch.rand(70, 3, 2, 2)
-    reward, other = of_two(warmup=64), of_two(warmup=64)
-    assert torch.equal(reward.total(reward.parts(images, ["a"] * 70)), other(images, ["a"] * 70))
-    assert reward.statistics == other.statistics
-
-
 def test_parts_of_a_reward_that_has_none_are_refused() -> None:
     with pytest.raises(ValueError, match=r"normalise=parts needs a reward of several, and BlackBox is one: take rew"):
         ddpo(LinearPolicy(), normalise="parts")
@@ -476,6 +470,18 @@ def test_a_helpers_score_that_is_no_number_names_the_helper() -> None:
 
     with pytest.raises(ValueError, match="Lost gave nan for the image of"):
         fit(gated(LinearPolicy(), kl_helpers={"lost": Lost(0)}))
+
+
+def test_the_yaml_takes_helpers_by_name_and_the_parts_of_the_weighted_reward() -> None:
+    given = ["algorithm=ddpo", "reward=weighted", "algorithm.normalise=parts", "algorithm.divergence_limit=1e-5"]
+    gate = ["algorithm.kl_weight=0.1", "algorithm.kl_share=0.2", "+reward@algorithm.kl_helpers.size=compressibility"]
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = compose("train", [*given, *gate])
+    algorithm = instantiate(config.algorithm, window=(0.0, 1.0))  # YAML has no tuples
+    judged = algorithm.judged(torch.rand(4, 3, 32, 32), ["a red circle"] * 4)
+    assert judged.shape == (4, 4)  # the score, its two parts, the helper
+    assert torch.equal(judged[:, 2], judged[:, 3])  # compressibility is both
+    assert algorithm.learned(judged.unflatten(0, (1, 4))).shape == (1, 4, 2)
 
 
 # --- all of them together

@@ -153,10 +153,8 @@ class DDPO(PolicyGradient):
         if self._by_parts:
             assert isinstance(self.reward, Parted)
             parts = self.reward.parts(images, prompts)
-            columns = [
-                self.finite(self.reward.total(parts), prompts, self.reward),
-                *(parts[name] for name in self.reward.weights),
-            ]
+            total = self.finite(self.reward.total(parts), prompts, self.reward)
+            columns = [total, *(parts[name] for name in self.reward.weights)]
         else:
             columns = [self.score(images, prompts)]
         for helper in self.kl_helpers.values():
@@ -166,11 +164,12 @@ class DDPO(PolicyGradient):
 
     def learned(self, judged: Float[Tensor, "prompts images columns"]) -> Float[Tensor, "prompts images signals"]:
         """Advantages by the total or by its parts, and where there are helpers, which images the KL holds."""
-        signals = [self.advantages(judged[..., 0])]
         if self._by_parts:
             assert isinstance(self.reward, Parted)
             weights = torch.tensor(list(self.reward.weights.values()))
             signals = [parts_advantages(judged[..., 1 : 1 + len(weights)], weights, self.advantage_clip)]
+        else:
+            signals = [self.advantages(judged[..., 0])]
         if self.kl_helpers:
             helpers = judged[..., -len(self.kl_helpers) :].flatten(0, 1)
             held = overrated(judged[..., 0].flatten(), helpers, self.kl_share)
