@@ -400,8 +400,9 @@ def test_the_gate_depends_on_ranks_alone_and_holds_the_share() -> None:
 
 
 def test_ties_are_halves_so_that_their_order_plays_no_part() -> None:
-    scores, helpers = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.tensor([[0.0], [0.0], [0.0], [0.0]])
-    assert overrated(scores, helpers, 1.0).tolist() == [True, True, True, False]
+    scores, helpers = torch.zeros(4), torch.tensor([[3.0], [2.0], [1.0], [0.0]])
+    assert overrated(scores, helpers, 1.0).tolist() == [False, False, True, True]
+    assert overrated(scores, helpers.flip(0), 1.0).tolist() == [True, True, False, False]
 
 
 def gated(policy: LinearPolicy, **settings: Any) -> DDPO:
@@ -429,11 +430,11 @@ def test_the_kl_pulls_on_the_held_images_alone() -> None:
     algorithm.sampler = Sampler(5, 1.0, 1.0)
     drawn = algorithm.made_up(latents)._replace(step=step)
     conditioning = {"text": torch.zeros(4, 1)}
-    weights = torch.tensor([[0.0], [4.0], [0.0], [0.0]])
+    weights = torch.tensor([[0.0], [3.0], [0.0], [0.0]])
     kl = algorithm.distance(Batch(drawn, torch.zeros(4, 1), step), conditioning)
     loss, _ = algorithm.loss(Batch(drawn, torch.zeros(4, 1), step, weights), conditioning)
     weight = algorithm._weight[0]
-    torch.testing.assert_close(loss, 0.5 * weight * kl[1])
+    torch.testing.assert_close(loss, 0.5 * weight * 3 * kl[1] / 4)
     everywhere, _ = algorithm.loss(Batch(drawn, torch.zeros(4, 1), step), conditioning)
     torch.testing.assert_close(everywhere, 0.5 * weight * kl.mean())
 
@@ -476,8 +477,8 @@ def test_the_yaml_takes_helpers_by_name_and_the_parts_of_the_weighted_reward() -
     given = ["algorithm=ddpo", "reward=weighted", "algorithm.normalise=parts", "algorithm.divergence_limit=1e-5"]
     gate = ["algorithm.kl_weight=0.1", "algorithm.kl_share=0.2", "+reward@algorithm.kl_helpers.size=compressibility"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("train", [*given, *gate])
-    algorithm = instantiate(config.algorithm, window=(0.0, 1.0))  # YAML has no tuples
+        config = compose("train", [*given, *gate, "~algorithm.window"])  # YAML has no tuples
+    algorithm = instantiate(config.algorithm)
     judged = algorithm.judged(torch.rand(4, 3, 32, 32), ["a red circle"] * 4)
     assert judged.shape == (4, 4)  # the score, its two parts, the helper
     assert torch.equal(judged[:, 2], judged[:, 3])  # compressibility is both
