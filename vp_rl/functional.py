@@ -92,6 +92,27 @@ def clipped_surrogate(
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip_range, 1 + clip_range))
 
 
+def divergence_bounded(
+    log_ratio: Float[Tensor, " batch"],
+    advantages: Float[Tensor, " batch"],
+    divergence: Float[Tensor, " batch"],
+    limit: float,
+) -> Float[Tensor, " batch"]:
+    """-A ratio, or 0 where a step has left the old policy's by `limit` and would go on (Flow-DPPO, arXiv:2606.11025).
+
+    It would go on where the ratio is above 1 and A above 0, or both below. PPO's clip looks at the ratio, of which each
+    draw has another one at the same distance of the policies; this looks at the distance itself.
+
+    Args:
+        log_ratio, advantages: as for `clipped_surrogate`.
+        divergence: KL between the old policy's step and the present one, averaged over latent dimensions.
+        limit: in the published code 1e-5.
+    """
+    goes_on = (divergence >= limit) & (log_ratio.detach() * advantages > 0)
+    ratio = torch.where(goes_on, 0.0, log_ratio).exp()  # whose gradient is a number where it would overflow
+    return torch.where(goes_on, 0.0, -advantages * ratio)
+
+
 def seed_of(*position: object) -> int:
     """A seed of 63 bits for the random numbers of one position in a run, such as (seed, epoch, prompt, image).
 
@@ -118,6 +139,36 @@ def group_advantages(
     centered = scores - scores.mean(1, keepdim=True)
     std = centered.square().mean(1, keepdim=True).sqrt()
     return torch.where(differ(scores)[:, None], (centered / (std + epsilon)).clamp(-clip, clip), 0.0)
+
+
+def parts_advantages(
+    parts: Float[Tensor, "groups images parts"], weights: Float[Tensor, " parts"], clip: float
+) -> Float[Tensor, "groups images"]:
+    """Each of several scores standardised within its group, weighted and summed (GDPO, Liu et al. 2026).
+
+    In a group, a weight is then what it says, however much a score varies there. The sum is divided by its root mean
+    square over all groups that say anything, as published, so that its size does not grow with the number of scores;
+    then it is clipped to +-`clip`.
+    """
+    each = [group_advantages(part, torch.inf) for part in parts.unbind(-1)]
+    total = torch.stack(each, -1) @ weights.to(parts)
+    size = total[(total != 0).any(1)].square().mean().sqrt()
+    return torch.where(total == 0, 0.0, (total / size).clamp(-clip, clip))
+
+
+def overrated(
+    scores: Float[Tensor, " images"], helpers: Float[Tensor, "images helpers"], share: float
+) -> Bool[Tensor, " images"]:
+    """The share of images whose rank by their score is furthest above the mean of their ranks by other rewards.
+
+    Ranks are shares of the other images that an image beats, with ties as halves. Images that are ranked no higher by
+    the score than by the others are never among them.
+    """
+    columns = torch.cat([scores[:, None], helpers], 1).unbind(1)
+    ranks = [(each[:, None] > each).double().sum(1) + (each[:, None] == each).double().sum(1) / 2 for each in columns]
+    above = ranks[0] - torch.stack(ranks[1:]).mean(0)
+    highest = above.topk(min(len(above), max(1, round(share * len(above))))).indices
+    return torch.zeros_like(above, dtype=torch.bool).index_fill(0, highest, True) & (above > 0)
 
 
 def hinge_reward_loss(scores: Float[Tensor, " batch"], target: float) -> Float[Tensor, ""]:

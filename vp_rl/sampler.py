@@ -7,19 +7,28 @@ log-probabilities (DDPO), `branch` one random step on an otherwise deterministic
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Protocol, get_args, runtime_checkable
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float
 from torch import Tensor
 
-from vp_rl.configuration.kinds import Amount, Count, Scales
+from vp_rl.configuration.kinds import Amount, Count, Noise, Scales
 from vp_rl.functional import gaussian_kl, gaussian_log_prob, rows
 from vp_rl.interfaces import Policy
 from vp_rl.types import SCALE, Branches, Conditioning, Latents, Negative, Steps, Trajectory, Transition, take
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+@runtime_checkable
+class KeepsCoefficients(Protocol):
+    """A process that has coefficients-preserving steps (CPS) beside its own."""
+
+    def cps_transition(self, output: Latents, latents: Latents, step: Steps, steps: int, eta: float) -> Transition:
+        """Like `Process.transition`."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class Sampler:
             the policy, its half for the prompt alone learning, which saves a quarter of a training step; `base`, the
             model without its adapter. Whoever samples with plain diffusers has the policy in both halves.
         scales: guidance scales of which one is drawn for each prompt, in place of `guidance`; None: that one.
+        noise: how it is added: `sde`, as the process has it, or `cps`, for flow models: see `Flow.cps_transition`.
     """
 
     steps: Count = 20
@@ -41,6 +51,7 @@ class Sampler:
     eta: Amount = 0.0
     negative: Negative = "train"
     scales: Scales | None = None
+    noise: Noise = "sde"
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.guidance < 0 or self.eta < 0:
@@ -56,6 +67,8 @@ class Sampler:
                 f"A sampler's guidance={self.guidance} is between 0 and 1: diffusers takes that for none, and its "
                 "formula for leading away from the prompt. Set it to 1, which is none, or above."
             )
+        if self.noise == "cps" and self.eta > 1:
+            raise ValueError(f"sampler.eta={self.eta} must be at most 1 with sampler.noise=cps: all noise is new then.")
 
     def window(self, setting: str, low: float, high: float) -> range:
         """The steps between two shares of all steps, at least one.
@@ -71,7 +84,7 @@ class Sampler:
     def stds(self, policy: Policy) -> Float[Tensor, " steps"]:
         """Standard deviation of each step: it depends on the schedule alone."""
         zeros = torch.zeros(self.steps, 1)
-        return policy.process.transition(zeros, zeros, torch.arange(self.steps), self.steps, self.eta).std
+        return self._step(policy, zeros, zeros, torch.arange(self.steps)).std
 
     def with_scales(self, conditioning: Conditioning, generators: Sequence[torch.Generator]) -> Conditioning:
         """The prompts' conditioning with a guidance scale drawn for each, if there are several to draw from."""
@@ -100,24 +113,28 @@ class Sampler:
         conditioning: Conditioning,
         generator: Generators = None,
         random: Collection[int] | None = None,
+        means: bool = False,
     ) -> Trajectory:
         """The whole way from noise to finished latents, with the log-probability of each step.
 
         Args:
             random: the steps that are taken with noise, the others without (MixGRPO); None: all of them.
+            means: whether the steps' means are kept too.
         """
         still = replace(self, eta=0.0)
         latents = self._noise(policy, conditioning, generator)
-        path, log_probs, stds = [latents], [], []
+        path, centres, log_probs, stds = [latents], [], [], []
         with policy.merged():
             for step in range(self.steps):
                 sampler = self if random is None or step in random else still
                 transition = sampler.transition(policy, latents, self._at(step, latents), conditioning)
                 latents = sampler.draw(transition, generator)
                 path.append(latents)
+                centres += [transition.mean] if means else []
                 log_probs.append(log_prob_of(latents, transition))
                 stds.append(transition.std[0])
-        return Trajectory(torch.stack(path, 1), torch.stack(log_probs, 1), torch.stack(stds))
+        kept = torch.stack(centres, 1) if means else latents[:, None][:, :0]
+        return Trajectory(torch.stack(path, 1), torch.stack(log_probs, 1), torch.stack(stds), kept)
 
     @torch.no_grad()
     def branch(
@@ -164,7 +181,18 @@ class Sampler:
             output = policy.predict(latents, timestep, conditioning, self.guidance)
         else:
             output = policy.predict(latents, timestep, conditioning, self.guidance, self.negative)
-        return policy.process.transition(output, latents, step, self.steps, self.eta)
+        return self._step(policy, output, latents, step)
+
+    def _step(self, policy: Policy, output: Latents, latents: Latents, step: Steps) -> Transition:
+        process = policy.process
+        if self.noise == "sde":
+            return process.transition(output, latents, step, self.steps, self.eta)
+        if not isinstance(process, KeepsCoefficients):
+            raise ValueError(
+                f"sampler.noise=cps is for flow models (policy=sd3, flux), and this policy's steps are "
+                f"{type(process).__name__}'s, which keep the coefficients as they are: leave sampler.noise at sde."
+            )
+        return process.cps_transition(output, latents, step, self.steps, self.eta)
 
     def kl_to_reference(
         self, policy: Policy, transition: Transition, latents: Latents, step: Steps, conditioning: Conditioning

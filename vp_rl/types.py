@@ -55,6 +55,8 @@ class Trajectory(NamedTuple):
     """Log-density of each step, averaged over latent dimensions; 0 at deterministic steps."""
     stds: Float[Tensor, " steps"]
     """Standard deviation of each step's transition; 0 at deterministic steps."""
+    means: Float[Tensor, "batch kept *latent"]
+    """Of each step's transition; of none where they are not asked for."""
 
 
 class Branches(NamedTuple):

@@ -213,15 +213,22 @@ class PolicyTraining(ClippedModule):
         """The reward's scores, which must be finite numbers unless `on_nonfinite` is to skip.
 
         Raises:
-            ValueError: some are not; names the reward, the first such prompt and the update.
+            ValueError: see `finite`.
         """
         assert self.reward is not None, "whoever scores has one"
-        scores = self.reward(images, prompts)
+        return self.finite(self.reward(images, prompts), prompts, self.reward)
+
+    def finite(self, scores: Scores, prompts: list[str], reward: Reward) -> Scores:
+        """These scores of a reward's, which must be finite numbers unless `on_nonfinite` is to skip.
+
+        Raises:
+            ValueError: some are not; names the reward, the first such prompt and the update.
+        """
         bad = ~torch.isfinite(scores)
         if self.on_nonfinite == "raise" and bad.any():
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"{type(self.reward).__name__} gave {scores[row].item()} for the image of {prompts[row]!r} "
+                f"{type(reward).__name__} gave {scores[row].item()} for the image of {prompts[row]!r} "
                 f"after {self.global_step} updates ({int(bad.sum())} of {len(scores)} scores are not finite). The last "
                 "checkpoint is intact: look at that image, try trainer.precision=32-true, or leave such prompts out "
                 "with callbacks.guards.on_nonfinite=skip."

@@ -88,7 +88,8 @@ class BranchDDPO(PolicyGradient):
         start = self.generators(part.places, [-1], *position)  # of the prompt, whichever devices have its images
         found = self.sampler.branch(self.policy, conditioning, step, part.each, start, self.sample_batch, part.noise)
         steps = torch.full((len(part.places),), step, device=found.latents.device)
-        return found.finished.flatten(0, 1), Drawn(found.latents, found.next_latents, steps, found.log_probs)
+        after = found.next_latents
+        return found.finished.flatten(0, 1), Drawn(found.latents, after, steps, found.log_probs, after[:, :0])
 
     def denoised(self, load: Load) -> float:
         """Until they part, the images of a prompt are one."""

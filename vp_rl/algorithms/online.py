@@ -19,11 +19,11 @@ from torch import Tensor
 from vp_rl.algorithms.base import SCALES, MakeOptimizer
 from vp_rl.algorithms.phases import Cut, Load, Phase, alike, rollout_phases
 from vp_rl.algorithms.prompt_training import EpochLoader, PromptBatches, PromptTraining
-from vp_rl.algorithms.rounds import Batch, Means, Part, Rollout, Scoring, Share, of_all, own, share_of
+from vp_rl.algorithms.rounds import Batch, Means, Part, Rollout, Scoring, Share, batch_of, of_all, own, share_of
 from vp_rl.functional import differ, group_advantages
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
-from vp_rl.types import Conditioning, Images, Latents, PromptBatch, Scores, take
+from vp_rl.types import Conditioning, Images, Latents, PromptBatch, take
 
 _PROBED = 16  # examples of a round on which the distance to the reference is measured; 64 cost 8% of the round
 
@@ -87,6 +87,7 @@ class OnlineTraining(PromptTraining, ABC):
         self.prompts: list[str] = []  # of the running round
         self.on_policy = False
         """Whether the policy is still the one that sampled the round."""
+        self._elsewhere = reward.elsewhere  # whether others than this device do all that `judged` does
         self._sharing = 1  # devices that each prompt is on
         self._sampled_after = -1  # that many updates
         self._rounds: list[dict[str, float]] = []
@@ -119,6 +120,14 @@ class OnlineTraining(PromptTraining, ABC):
     def advantages(self, scores: Float[Tensor, "prompts images"]) -> Float[Tensor, "prompts images"]:
         """How much better than its prompt's others each image of all devices is: standardised among them."""
         return group_advantages(scores, self.advantage_clip)
+
+    def judged(self, images: Images, prompts: list[str]) -> Float[Tensor, "images columns"]:
+        """The scores of images, and in more columns whatever else `learned` is to know of them: here, nothing."""
+        return self.score(images, prompts)[:, None]
+
+    def learned(self, judged: Float[Tensor, "prompts images columns"]) -> Float[Tensor, "prompts images signals"]:
+        """Of what was judged on all devices, what is learned by: advantages, and in a second column `kl_weights`."""
+        return self.advantages(judged[..., 0])[..., None]
 
     def distance(self, batch: Batch, conditioning: Conditioning) -> Float[Tensor, " examples"] | None:
         """How far the policy is from the model without its adapter, of each example; None: it is not measured."""
@@ -177,16 +186,17 @@ class OnlineTraining(PromptTraining, ABC):
         self.prompts, self._sharing = batch.prompts, batch.share[1]
         scales = self.generators(share.places, [SCALES], *position)
         conditioning = self.sampler.with_scales(self.policy.encode(batch.prompts), scales)
-        with Scoring(self.policy.decode, self._score, self.sample_batch, self.reward.elsewhere) as scoring:
+        with Scoring(self.policy.decode, self._judged, self.sample_batch, self._elsewhere) as scoring:
             examples = self._sampled(conditioning, share, scoring, *position)
             scores = scoring.result().to(self.device)
         rolled = time.monotonic() - started
-        everyone = of_all(scores.unflatten(0, (len(batch.prompts), -1)), self._sharing)
+        judged = of_all(scores.unflatten(0, (len(batch.prompts), -1)), self._sharing)
+        everyone, scored = judged[..., 0], torch.isfinite(judged).all(2).all(1)  # else nothing to stand out from
         self.scores, self._sampled_after = everyone[share.places], self.global_step
-        scored = torch.isfinite(everyone).all(1)  # where not, there is no score to stand out from
-        known = torch.where(scored[:, None], everyone, 0.0)
-        advantages = torch.where(scored[:, None], self.advantages(known), 0.0)
-        found = self._with_advantages(examples, own(advantages, share), share)
+        learned = self.learned(judged[scored])
+        signals = learned.new_zeros(*everyone.shape, learned.shape[-1]).masked_scatter(scored[:, None, None], learned)
+        signals = own(signals, share)
+        found = batch_of(examples, signals, len(share.places), self.examples_per_image, self.whole_prompts)
         self.images += len(scores)
         values = {
             "train/reward": everyone[scored].mean().item(),
@@ -200,10 +210,10 @@ class OnlineTraining(PromptTraining, ABC):
         return Rollout(found, conditioning, share)
 
     @torch.no_grad()
-    def _score(self, images: Images, prompts: list[str]) -> Scores:
+    def _judged(self, images: Images, prompts: list[str]) -> Float[Tensor, "images columns"]:
         """In any thread: gradients and autocast are a matter of each."""
         with self.trainer.precision_plugin.forward_context():
-            return self.score(images, prompts)
+            return self.judged(images, prompts)
 
     def _sampled(self, conditioning: Conditioning, share: Share, scoring: Scoring, *position: int) -> Any:
         """The round's examples, in main memory: they are gigabytes, a micro-batch's are few."""
@@ -220,13 +230,6 @@ class OnlineTraining(PromptTraining, ABC):
             scoring.add(finished, [self.prompts[row] for row in rows.tolist()])
             kept.append(type(examples)(*(field.cpu() for field in examples)))
         return type(kept[0])(*(torch.cat(fields) for fields in zip(*kept, strict=True)))
-
-    def _with_advantages(self, examples: Any, advantages: Float[Tensor, " images"], share: Share) -> Batch:
-        advantages, prompts = advantages.cpu(), torch.arange(len(share.places))
-        images = 1 if self.whole_prompts else len(share.images)
-        number = images * self.examples_per_image
-        of_examples = advantages.unflatten(0, (len(prompts) * images, -1)).repeat_interleave(self.examples_per_image, 0)
-        return Batch(examples, of_examples, prompts.repeat_interleave(number))
 
     def order(self, share: Share, *position: int) -> Int[Tensor, " examples"]:
         """Rows of a round's examples in the order of training: a random one of each image, then another one of each.

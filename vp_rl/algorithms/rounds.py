@@ -11,7 +11,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor, distributed
 
-from vp_rl.types import Conditioning, Images, Latents, PromptBatch, Scores
+from vp_rl.types import Conditioning, Images, Latents, PromptBatch
 
 
 class Share(NamedTuple):
@@ -49,16 +49,21 @@ class Batch(NamedTuple):
     """Of the images that an example is of: one, with `whole_prompts` all of its prompt on this device."""
     prompt: Int[Tensor, " examples"]
     """Row of the round's conditioning."""
+    kl_weights: Float[Tensor, "examples images"] | None = None
+    """How much the KL to the reference counts for an image, 1 on average over the round's; None: alike for all."""
 
     def take(self, rows: Int[Tensor, " rows"], device: torch.device | None = None) -> "Batch":
         """Some of them, where they are or on a device."""
-        examples = type(self.examples)(*(field[rows].to(device) for field in self.examples))
-        return Batch(examples, self.advantages[rows].to(device), self.prompt[rows].to(device))
+        return self._each(lambda field: field[rows].to(device))
 
     def pinned(self) -> "Batch":
         """In memory that is sent to a GPU without waiting for it."""
-        examples = type(self.examples)(*(field.pin_memory() for field in self.examples))
-        return Batch(examples, self.advantages.pin_memory(), self.prompt.pin_memory())
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        examples = type(self.examples)(*map(change, self.examples))
+        kl_weights = None if self.kl_weights is None else change(self.kl_weights)
+        return Batch(examples, change(self.advantages), change(self.prompt), kl_weights)
 
 
 class Rollout(NamedTuple):
@@ -82,14 +87,34 @@ def own(values: Shaped[Tensor, "prompts images *rest"], share: Share) -> Shaped[
     return values[share.places][:, list(share.images)].flatten(0, 1)
 
 
-def of_all(scores: Float[Tensor, "own_prompts own_images"], devices_per_prompt: int) -> Float[Tensor, "prompts images"]:
+def batch_of(
+    examples: Any, signals: Float[Tensor, "images signals"], prompts: int, each: int, whole_prompts: bool
+) -> Batch:
+    """A device's round.
+
+    Args:
+        examples: in the order of `Rollout.batch`.
+        signals: advantages of its images, and perhaps a second column of `kl_weights`.
+        prompts: that the images are of.
+        each: examples of each image; with `whole_prompts` of each prompt.
+        whole_prompts: whether an example is of all images of a prompt.
+    """
+    groups = prompts if whole_prompts else len(signals)
+    of_examples = signals.cpu().unflatten(0, (groups, -1)).repeat_interleave(each, 0)
+    advantages, *kl_weights = of_examples.unbind(-1)
+    return Batch(examples, advantages, torch.arange(prompts).repeat_interleave(groups // prompts * each), *kl_weights)
+
+
+def of_all(
+    scores: Float[Tensor, "own_prompts own_images *rest"], devices_per_prompt: int
+) -> Float[Tensor, "prompts images *rest"]:
     """The scores of all devices: by the prompts' places and the images' numbers, and so alike on each of them."""
     every = [scores]
     if distributed.is_initialized() and distributed.get_world_size() > 1:
         every = [torch.empty_like(scores) for _ in range(distributed.get_world_size())]
         distributed.all_gather(every, scores.contiguous())
     # As the data module deals: prompts in turn to the first devices, the same to the next ones.
-    order = "(share device) prompt image -> (prompt device) (image share)"
+    order = "(share device) prompt image ... -> (prompt device) (image share) ..."
     return rearrange(torch.stack(every), order, share=devices_per_prompt)
 
 
@@ -135,7 +160,7 @@ class Scoring:
 
     Args:
         decode: latents to images.
-        score: images of prompts to scores.
+        score: images of prompts to a row of scores each.
         batch: images at once.
         elsewhere: see `Reward`.
     """
@@ -143,13 +168,13 @@ class Scoring:
     def __init__(
         self,
         decode: Callable[[Latents], Images],
-        score: Callable[[Images, list[str]], Scores],
+        score: Callable[[Images, list[str]], Float[Tensor, "images columns"]],
         batch: int,
         elsewhere: bool,
     ) -> None:
         self._decode, self._score, self._batch = decode, score, batch
         self._pool = ThreadPoolExecutor(1) if elsewhere else None
-        self._found: list[Scores | Future[Scores]] = []
+        self._found: list[Tensor | Future[Tensor]] = []
         self.seconds = 0.0
         """In which nothing was sampled."""
 
@@ -174,7 +199,7 @@ class Scoring:
                 self._found.append(self._pool.submit(self._score, images.cpu(), prompts[rows]))
         self.seconds += time.monotonic() - started
 
-    def result(self) -> Scores:
+    def result(self) -> Float[Tensor, "images columns"]:
         """Of all images so far, in their order.
 
         Raises:

@@ -55,5 +55,9 @@ Port = Annotated[int, Interval(ge=0, le=65535)]
 Stars = Annotated[int, Interval(ge=1, le=5)]
 """A rating."""
 Structured = Annotated[str, one_of("json_schema", "json_object", "none")]
+Noise = Annotated[str, one_of("sde", "cps")]
+"""How a sampling step adds noise: by its process's own form, or keeping the coefficients."""
+Normalised = Annotated[str, one_of("total", "parts")]
+"""Which scores are standardised within a prompt's images."""
 Fit = Annotated[str, one_of("crop", "pad")]
 """How an image is made square."""

@@ -105,7 +105,7 @@ class Estimator:
 
     def weights(self) -> list[Part]:
         """Of everything that is frozen, by the parts of the policy."""
-        policy, reward = self._algorithm.policy, self._algorithm.reward
+        policy = self._algorithm.policy
         trained = size_of(p for p in policy.parameters() if p.requires_grad)
         named: dict[str, int] = {}
         for name, child in policy.named_children():
@@ -115,8 +115,9 @@ class Estimator:
         for name, child in policy.named_children():
             if _trains(child):
                 named[name] -= trained
-        if reward is not None:
-            named["reward"] = weights(reward)
+        for name, child in self._algorithm.named_children():  # the reward, and whatever else it has
+            if child is not policy:
+                named[name] = weights(child)
         return [Part(f"frozen weights: {name}", size, "always") for name, size in named.items() if size]
 
     def _adapter(self) -> list[Part]:

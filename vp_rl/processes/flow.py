@@ -5,8 +5,12 @@ velocity v = eps - x0. Following v by Euler steps is deterministic. Flow-GRPO (L
 equation 9) replaces that ODE by an SDE with the same marginals: with sigma_t = eta sqrt(t / (1 - t)), noise of standard
 deviation sigma_t sqrt(-dt) is added in each step, and a drift of sigma_t^2 / 2t times the predicted noise takes as much
 away. Its `eta` (there `a`, the noise level) is 0.7.
+
+Steps that preserve the coefficients (CPS, Wang and Yu 2025, arXiv:2509.05952) are the other way, which Flow-GRPO's code
+has too: what is predicted of the noise is turned by an angle, a part of it kept and the rest drawn anew.
 """
 
+import math
 from copy import deepcopy
 from typing import Any
 
@@ -77,6 +81,26 @@ class Flow(Process):
         noise = latents + (1 - time) * output
         mean = latents + change * (output + rows(rate / 2, latents) * noise)
         return Transition(mean=mean, std=(rate * now * (now - after)).sqrt(), x0=latents - time * output)
+
+    def cps_transition(self, output: Latents, latents: Latents, step: Steps, steps: int, eta: float) -> Transition:
+        """N(mean, std^2) of a coefficients-preserving step to t': std = t' sin(eta pi / 2), eta from 0 to 1.
+
+        mean = (1 - t') x0 + t' cos(eta pi / 2) e, with x0 and e what is predicted of image and noise. As the squares of
+        cosine and sine add up to 1, latents have as much image and as much noise as t' asks for, in whatever many steps
+        (the SDE's Euler steps have too much noise if they are few). It is DDIM's own form of noise, in flow's
+        coordinates. Eta 0 is the Euler step. The last step is deterministic.
+
+        What it does not keep is the marginals: predictions are means, which vary less than images, and a share of them
+        is forgotten in every step, however short. So images are of less variety than the ODE's (and smoother).
+        """
+        output, latents = output.float(), latents.float()
+        _, times = self._schedule(steps, latents.device)
+        now, after = times[step], times[step + 1]
+        time, angle = rows(now, latents), eta * math.pi / 2
+        noise = latents + (1 - time) * output
+        forgotten = rows(after, latents) * (1 - math.cos(angle)) * noise
+        mean = latents + rows(after - now, latents) * output - forgotten
+        return Transition(mean=mean, std=after * math.sin(angle), x0=latents - time * output)
 
     def add_noise(self, x0: Latents, noise: Latents, timestep: Float[Tensor, " batch"]) -> Latents:
         """(1 - t) x0 + t noise."""

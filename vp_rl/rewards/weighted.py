@@ -94,10 +94,17 @@ class WeightedReward(Reward):
         """The weighted sum; gradients flow if they do in every part.
 
         Raises:
-            ValueError: a part's score is not finite, or equal for all images that statistics were taken of.
+            ValueError: see `parts` and `total`.
         """
-        parts = self.parts(images, prompts)
-        if self._running() and prompts:
+        return self.total(self.parts(images, prompts))
+
+    def total(self, parts: Mapping[str, Scores]) -> Scores:
+        """The weighted sum of what `parts` gave; while statistics run, they take it in.
+
+        Raises:
+            ValueError: a part is equal for all images that statistics were taken of.
+        """
+        if self._running() and len(next(iter(parts.values()))):
             self._take_in(parts)
         standardised = [self.weights[name] * self._moments[name].standardise(parts[name]) for name in parts]
         return torch.stack(standardised).sum(0)
