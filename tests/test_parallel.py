@@ -31,6 +31,8 @@ from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.algorithms.branch_ddpo import BranchDDPO
 from vp_rl.algorithms.ddpo import DDPO
 from vp_rl.algorithms.draft import DRaFT
+from vp_rl.algorithms.dpo import DiffusionDPO
+from vp_rl.algorithms.flow_bp import FlowBP
 from vp_rl.algorithms.nft import DiffusionNFT
 from vp_rl.algorithms.online import OnlineTraining
 from vp_rl.algorithms.refl import ReFL
@@ -185,10 +187,10 @@ def test_images_that_cannot_be_divided_among_devices_are_refused(tmp_path: Path)
         run(ddpo(8), tmp_path / "one", 1, devices_per_prompt=3)
 
 
-def test_two_processes_and_accumulation_make_drafts_updates_of_one_process(tmp_path: Path) -> None:
-    def make() -> DRaFT:
-        optimizer = partial(torch.optim.SGD, lr=0.01)
-        return DRaFT(Mixing(), Liked(), replace(NOISY, eta=0.0), optimizer, last_steps=2)
+@pytest.mark.parametrize("kind", [partial(DRaFT, last_steps=2), partial(FlowBP, active_steps=2)])
+def test_two_processes_and_accumulation_make_the_updates_of_one_process(kind: Any, tmp_path: Path) -> None:
+    def make() -> PolicyTraining:
+        return kind(Mixing(), Liked(), replace(NOISY, eta=0.0), partial(torch.optim.SGD, lr=0.01))
 
     [one] = run(make(), tmp_path / "one", 4)
     assert_same(run(make(), tmp_path / "pieces", 2, 4, accumulate_grad_batches=2), one)
