@@ -1,4 +1,4 @@
-"""What the younger methods must satisfy exactly: DPO, DRaFT, FlowBP, DiffusionNFT, AWM, and a window of random steps."""
+"""What the younger methods must satisfy exactly: DPO, DRaFT, DiffusionNFT, AWM, and a window of random steps."""
 
 import math
 from functools import partial

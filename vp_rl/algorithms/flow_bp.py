@@ -2,7 +2,7 @@
 
 A deterministic step of a diffusion or flow sampler is linear in what it begins with and in the denoiser's output, so
 the finished latents are c_T x_T + sum_i c_i output_i with coefficients that the schedule alone gives. An image is
-sampled without gradients; K of its steps are drawn, step i (from 0, the noisiest) with weight (i + 1)^late_bias, and the
+sampled without gradients; K of its steps are drawn, step i (0 is the noisiest) with weight (i + 1)^late_bias, and the
 denoiser is run again at them, on the latents that were sampled. The image that is scored is the sampled one; its
 gradient is that of the sum above in those K outputs. None goes through the latents from step to step, so that early
 steps are reached without the products of Jacobians that blow up.
