@@ -69,6 +69,7 @@ class RewardGradient(PromptTraining, ABC):
         super().__init__(policy, optimizer, reward=reward, decay=decay, seed=seed)
         self.reward: Reward = self.reward  # type: ignore[assignment]  # it has one
         self.sampler, self.reward_weight, self.pretrain_weight = sampler, reward_weight, pretrain_weight
+        sampler.stds(policy)  # looks whether the steps fit the schedule, which is then there before anything is faked
 
     # --- an algorithm
 
