@@ -22,8 +22,8 @@ from torch.nn import functional
 from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.data.preferences import PreferenceDataModule
 from vp_rl.data.prompts import PromptDataModule
-from vp_rl.files.images import as_png
 from vp_rl.types import ASPECTS
+from vp_rl.visionprefer.generate import as_png
 
 SEEDS = range(3)
 SHORT = (  # a reward that is learnt in 30 rounds

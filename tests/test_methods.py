@@ -106,6 +106,15 @@ def test_what_holds_a_policy_at_the_model_without_its_adapter_does(make: Any) ->
     assert stayed < 0.1 * moved
 
 
+@pytest.mark.parametrize("make", [nft, awm])
+def test_an_older_adapter_is_not_divided_among_devices(make: Any) -> None:
+    algorithm = make(LinearPolicy())
+    algorithm.configure_model()
+    algorithm._device_mesh = object()  # as FSDP's strategy gives it
+    with pytest.raises(ValueError, match=r"has an older adapter, which FSDP does not divide: use trainer=ddp"):
+        algorithm.configure_model()
+
+
 # --- DiffusionNFT
 
 
