@@ -202,6 +202,8 @@ def built(maker: Callable[[], Any], fakes: Fakes, dtype: torch.dtype = torch.flo
         if isinstance(part, nn.Module):
             fakes.fill(part.eval())
             part.to = lambda *_, part=part, **__: part  # fakes are nowhere: text encoders that visit the device stay
+    if isinstance(made, DiffusionPipeline):  # its noise levels are numbers that are looked at
+        made.scheduler = type(made.scheduler).from_config(made.scheduler.config)
     return made
 
 
@@ -214,7 +216,8 @@ def algorithm(config: DictConfig, family: str) -> tuple[PolicyTraining, Fakes]:
     with mock.patch(f"vp_rl.policies.{module}.load_pipeline", return_value=pipeline):
         policy = instantiate(config.policy)
     node = {name: value for name, value in config.algorithm.items() if name not in ("policy", "reward")}
-    return instantiate(node, policy=policy, reward=reward.requires_grad_(False)), fakes
+    rewarded = {"reward": reward.requires_grad_(False)} if "reward" in config.algorithm else {}
+    return instantiate(node, policy=policy, **rewarded), fakes
 
 
 def composed(*overrides: str) -> DictConfig:

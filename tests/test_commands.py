@@ -94,6 +94,7 @@ RUN = {  # in this order, as later ones need what earlier ones leave: what is ap
     "python train.py experiment=refl_vpscore": REFL,
     "python train.py experiment=vpscore": VP_SCORE,
     "python train.py experiment=draft_vpscore": f"{REFL} sampler.steps=4",  # it differentiates four
+    "python train.py experiment=flow_bp_vpscore": f"{REFL} sampler.steps=4",
     "python train.py experiment=nft_vpscore": DDPO,
     "python train.py experiment=awm_vpscore": DDPO,
     "python train.py experiment=dpo_visionprefer": f"{VP_SCORE} evaluation.limit=4 evaluation.seeds=[0] "

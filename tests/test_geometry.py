@@ -10,6 +10,8 @@ from typing import Any
 import lightning
 import pytest
 import torch
+from fakes import LinearPolicy, QuadraticReward
+from methods import METHODS
 from peft import LoraConfig
 
 from vp_rl.algorithms.ddpo import DDPO
@@ -18,6 +20,7 @@ from vp_rl.algorithms.refl import ReFL
 from vp_rl.planning import fit
 from vp_rl.planning.geometry import Geometry, Plan, divisors, solve
 from vp_rl.planning.plan import Planner
+from vp_rl.planning.shown import rows
 from vp_rl.policies.sd import StableDiffusion
 from vp_rl.rewards.vp_score import VPScore
 from vp_rl.sampler import Sampler
@@ -238,3 +241,53 @@ def test_auto_keeps_the_update_by_accumulation(
     assert plan.load.train_batch * plan.accumulate == 128
     assert plan.load.sample_batch == max(size for size in divisors(64) if size <= room)
     assert math.prod((plan.load.prompts, 16)) == 64
+
+
+# --- every method
+
+
+AT_ONCE = {"dpo": "data.batch_size", "refl": "data.batch_size"} | dict.fromkeys(
+    ("draft", "draft_lv", "flow_bp"), "data.batch_size"
+)
+
+
+def planned_method(name: str, **given: Any) -> Planner:
+    """Of a policy that is small enough to be planned in no time."""
+    algorithm = METHODS[name](policy=LinearPolicy(), reward=QuadraticReward())
+    return Planner(settings(**given), algorithm, trainer(), algorithm._make_optimizer)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_says_what_its_work_is_made_of(name: str) -> None:
+    """As dry_run shows it: all of it is counted, and an update is what was asked for."""
+    planner = planned_method(name)
+    parts = planner.estimator.parts(planner.plan.load)
+    # A reward without parameters may be others' work, which is not counted.
+    assert [part.name for part in parts if part.bytes is None and part.phase != "reward"] == []
+    assert "training" in {part.phase for part in parts}
+    assert rows(planner)["an update"] == "32 images"
+    assert planner.filled[AT_ONCE.get(name, "algorithm.train_batch")] == planner.plan.load.train_batch
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_auto_keeps_the_update_of_every_method(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fit, "within_main_memory", lambda estimate, held: looked_at(estimate, out_of_memory(3)))
+    monkeypatch.delenv("VP_RL_BATCHES", raising=False)
+    whole = planned_method(name).plan
+    given = {AT_ONCE.get(name, "algorithm.train_batch").replace(".", "__"): "auto"}
+    plan = planned_method(name, **given).plan
+    monkeypatch.delenv("VP_RL_BATCHES")
+    update = whole.load.train_batch * whole.accumulate
+    assert plan.load.train_batch * plan.accumulate == update
+    assert plan.load.train_batch == max(size for size in divisors(update) if size <= 3)
+
+
+def looked_at(estimate: Callable[[int], int | None], attempt: Callable[[int], None]) -> Callable[[int], None]:
+    """What a CPU does: an estimate that cannot be made does not fit."""
+
+    def tried(size: int) -> None:
+        if estimate(size) is None:
+            raise fit.OutOfMemory
+        attempt(size)
+
+    return tried

@@ -10,6 +10,7 @@ from typing import Any
 import bitsandbytes
 import pytest
 import torch
+from methods import METHODS
 from peft import LoraConfig
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -182,6 +183,28 @@ def test_all_that_is_frozen_is_counted_once_and_refl_has_the_reward_in_its_train
     assert frozen + trained == size_of(modules)
     activations = "activations, 8 images, with VAE and reward at once"
     assert parts[activations] > parts["sampling, 8 at once"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "ddpo"])
+def test_every_methods_training_is_estimated_as_it_is_allocated(name: str) -> None:
+    made, rows = METHODS[name](), 4 if name in ("branch_ddpo", "dpo") else 16  # prompts, with all their images
+    estimated = Estimator(made, ADAM).of("training", rows)
+    with real(made, torch.device("cpu")) as work:
+        gradients = allocated(lambda: work.do(work.phase("training", rows), rows)) - estimated
+    expected = size_of(p for p in made.policy.parameters() if p.requires_grad)
+    assert gradients == pytest.approx(expected, abs=INSIDE * estimated)
+
+
+@pytest.mark.slow
+def test_checkpointed_steps_need_no_more_memory_for_their_number() -> None:
+    def needed(name: str, **settings: Any) -> int:
+        return Estimator(METHODS[name](**settings), ADAM).of("training", 8)
+
+    for name, number in (("draft", "last_steps"), ("flow_bp", "active_steps")):
+        few, many = (needed(name, **{number: steps}) for steps in (1, 4))
+        assert many < 1.02 * few
+        assert needed(name, **{number: 4}, checkpoint_steps=False) > 2 * many
 
 
 @pytest.mark.gpu

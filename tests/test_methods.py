@@ -17,6 +17,7 @@ from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.algorithms.ddpo import DDPO
 from vp_rl.algorithms.dpo import DiffusionDPO
 from vp_rl.algorithms.draft import DRaFT
+from vp_rl.algorithms.flow_bp import FlowBP
 from vp_rl.algorithms.nft import DiffusionNFT
 from vp_rl.algorithms.refl import ReFL
 from vp_rl.algorithms.rounds import Batch
@@ -47,6 +48,10 @@ def draft(policy: LinearPolicy, lr: float = 0.03, **settings: Any) -> DRaFT:
     return DRaFT(policy, QuadraticReward(), STILL, adam(lr), **settings)
 
 
+def flow_bp(policy: LinearPolicy, lr: float = 0.03, **settings: Any) -> FlowBP:
+    return FlowBP(policy, QuadraticReward(), STILL, adam(lr), **{"active_steps": 2} | settings)
+
+
 def whole_way() -> LinearPolicy:
     """Its last step ends at the image itself."""
     policy = LinearPolicy(gain=0.3)
@@ -69,13 +74,14 @@ METHODS = {
     "draft": draft,
     "draft, all steps": partial(draft, last_steps=None),
     "draft, re-noised": partial(draft, renoise=2),
+    "flow_bp": flow_bp,
 }
 
 
-@pytest.mark.parametrize("make", [nft, awm, draft, partial(draft, last_steps=3), partial(draft, renoise=2)])
+@pytest.mark.parametrize("make", [nft, awm, draft, partial(draft, last_steps=3), partial(draft, renoise=2), flow_bp])
 def test_the_optimum_of_a_linear_policy_is_found(make: Any) -> None:
     # The last step of LinearPolicy's own schedule changes nothing, so that DRaFT-1 has no gradient there.
-    policy = LinearPolicy() if make in (nft, awm) else whole_way()
+    policy = LinearPolicy() if make in (nft, awm, flow_bp) else whole_way()
     fit(make(policy), epochs=120)
     # As for DDPO: what 64 images a round leave of the mean's noise at this learning rate.
     torch.testing.assert_close(mean_image(policy), TARGET, rtol=0, atol=0.06)
@@ -98,6 +104,15 @@ def test_what_holds_a_policy_at_the_model_without_its_adapter_does(make: Any) ->
     stayed = fit(make(held, kl_weight=100.0), epochs=30).callback_metrics["train/kl"]
     assert held.bias.norm() < 0.1 * free.bias.norm()
     assert stayed < 0.1 * moved
+
+
+@pytest.mark.parametrize("make", [nft, awm])
+def test_an_older_adapter_is_not_divided_among_devices(make: Any) -> None:
+    algorithm = make(LinearPolicy())
+    algorithm.configure_model()
+    algorithm._device_mesh = object()  # as FSDP's strategy gives it
+    with pytest.raises(ValueError, match=r"has an older adapter, which FSDP does not divide: use trainer=ddp"):
+        algorithm.configure_model()
 
 
 # --- DiffusionNFT

@@ -30,7 +30,9 @@ from vp_rl.algorithms.awm import AdvantageWeightedMatching
 from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.algorithms.branch_ddpo import BranchDDPO
 from vp_rl.algorithms.ddpo import DDPO
+from vp_rl.algorithms.dpo import DiffusionDPO
 from vp_rl.algorithms.draft import DRaFT
+from vp_rl.algorithms.flow_bp import FlowBP
 from vp_rl.algorithms.nft import DiffusionNFT
 from vp_rl.algorithms.online import OnlineTraining
 from vp_rl.algorithms.refl import ReFL
@@ -38,6 +40,7 @@ from vp_rl.algorithms.rounds import Rollout
 from vp_rl.callbacks.adapter import RunAdapter
 from vp_rl.callbacks.checkpoint_files import read
 from vp_rl.callbacks.guards import Guards
+from vp_rl.data.preferences import PreferenceDataModule
 from vp_rl.data.prompts import EpochPrompts, PromptDataModule, Stream
 from vp_rl.sampler import Sampler
 from vp_rl.scenes import tiny
@@ -86,13 +89,15 @@ class Record(lightning.Callback):
 
             module.rollout = recorded  # type: ignore[method-assign]
 
-    def on_before_optimizer_step(self, trainer: Any, module: PolicyTraining, optimizer: Any) -> None:
-        gradients = [p.grad.flatten() for p in module.policy.parameters() if p.grad is not None]
-        self.gradients.append(torch.cat(gradients).clone())
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: PolicyTraining, *_: Any) -> None:
+        """As the optimizer had them: they are weighed right before its step."""
+        if trainer.global_step > len(self.gradients):
+            gradients = [p.grad.flatten() for p in module.policy.parameters() if p.grad is not None]
+            self.gradients.append(torch.cat(gradients).clone())
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         metrics = trainer.callback_metrics
-        values = {name: metrics[name].item() for name in ("train/reward", "train/loss")}
+        values = {name: metrics[name].item() for name in ("train/reward", "train/loss") if name in metrics}
         found = {"gradients": self.gradients, "rounds": self.rounds, "values": values}
         torch.save(found, self.file.with_suffix(f".{trainer.global_rank}"))
 
@@ -114,13 +119,14 @@ def run(
 ) -> list[dict[str, Any]]:
     """What each process recorded of a run of two epochs."""
     of_data = ("devices_per_prompt", "images", "images_per_batch")
-    data = {name: settings.pop(name) for name in of_data if name in settings}
+    given = {name: settings.pop(name) for name in of_data if name in settings}
+    data = settings.pop("data", None) or PromptDataModule(Words(), prompts, batches_per_epoch=rounds, **given)
     # Not `ddp`, which would run the test's command line again.
     several = {"devices": devices, "strategy": DDPStrategy(start_method="fork")} if devices > 1 else {}
     trainer = lightning.Trainer(
         accelerator="cpu", max_epochs=2, callbacks=[Record(file)], **{**QUIET, **several, **settings}
     )
-    trainer.fit(algorithm, PromptDataModule(Words(), prompts, batches_per_epoch=rounds, **data))
+    trainer.fit(algorithm, data)
     return [torch.load(file.with_suffix(f".{rank}"), weights_only=True) for rank in range(devices)]
 
 
@@ -185,10 +191,10 @@ def test_images_that_cannot_be_divided_among_devices_are_refused(tmp_path: Path)
         run(ddpo(8), tmp_path / "one", 1, devices_per_prompt=3)
 
 
-def test_two_processes_and_accumulation_make_drafts_updates_of_one_process(tmp_path: Path) -> None:
-    def make() -> DRaFT:
-        optimizer = partial(torch.optim.SGD, lr=0.01)
-        return DRaFT(Mixing(), Liked(), replace(NOISY, eta=0.0), optimizer, last_steps=2)
+@pytest.mark.parametrize("kind", [partial(DRaFT, last_steps=2), partial(FlowBP, active_steps=2)])
+def test_two_processes_and_accumulation_make_the_updates_of_one_process(kind: Any, tmp_path: Path) -> None:
+    def make() -> PolicyTraining:
+        return kind(Mixing(), Liked(), replace(NOISY, eta=0.0), partial(torch.optim.SGD, lr=0.01))
 
     [one] = run(make(), tmp_path / "one", 4)
     assert_same(run(make(), tmp_path / "pieces", 2, 4, accumulate_grad_batches=2), one)
@@ -208,6 +214,29 @@ def test_two_processes_and_accumulation_make_refls_updates_of_one_process(
     [one] = run(make(), tmp_path / "one", 4, **images)
     assert_same(run(make(), tmp_path / "pieces", 2, 4, accumulate_grad_batches=2, **half), one)
     assert_same(run(make(), tmp_path / "two", 2, devices=2, **half), one)
+
+
+def test_two_processes_and_accumulation_make_dpos_updates_of_one_process(tmp_path: Path) -> None:
+    """Of prompts with one pair, and with three."""
+    rated = [
+        row(
+            number,
+            "train",
+            {aspect: [1, 5, 3][:images] for aspect in ASPECTS},
+            [png(50 * n + number) for n in range(images)],
+        )
+        for number, images in enumerate((2, 3, 3, 2, 2, 2, 3, 3))
+    ]
+    write_dataset({"train": rated, "validation": rated[:2], "test": []}, tmp_path / "set")
+
+    def trained(name: str, batch_size: int, **settings: Any) -> list[dict[str, Any]]:
+        algorithm = DiffusionDPO(Mixing(), partial(torch.optim.SGD, lr=0.01), beta=10.0)
+        data = PreferenceDataModule(str(tmp_path / "set"), batch_size, "mean")
+        return run(algorithm, tmp_path / name, batch_size, data=data, **settings)
+
+    [one] = trained("one", 4)
+    assert_same(trained("pieces", 2, accumulate_grad_batches=2), one)
+    assert_same(trained("two", 2, devices=2), one)
 
 
 def two_processes(work: Callable[..., None], *given: Any) -> list[int | None]:

@@ -164,7 +164,7 @@ def is_equal(first: Path, second: Path) -> bool:
 def epochs(folder: Path) -> list[int]:
     """The epochs whose training metrics are in the table, counted from 0."""
     with (folder / "metrics.csv").open() as file:
-        return [int(row["epoch"]) for row in csv.DictReader(file) if row["train/reward"]]
+        return [int(row["epoch"]) for row in csv.DictReader(file) if row.get("train/reward") or row.get("train/loss")]
 
 
 def trained(folder: Path, of: int) -> list[int]:

@@ -182,7 +182,11 @@ class DiffusionDPO(PolicyTraining):
         return {"data.batch_size": load.train_batch, "trainer.accumulate_grad_batches": accumulate}
 
     def phases(self, load: Load, prompt: Conditioning) -> list[Phase]:
-        """Encoding images, and a micro-batch of prompts with four images each."""
+        """Encoding images one by one, and a micro-batch of prompts with four images each."""
+
+        def pictures(number: int) -> Images:
+            with torch.no_grad():
+                return self.policy.decode(self.policy.noise(number))
 
         def learn(prompts: int) -> Tensor:
             x0 = self.policy.noise(prompts * _IMAGES)
@@ -191,4 +195,8 @@ class DiffusionDPO(PolicyTraining):
             return self.loss(x0, x0, timestep, alike(prompt, len(x0)), better, better + 1)[0]
 
         label = f"activations, {load.train_batch} prompts of {_IMAGES} images at once"
-        return [Phase("training", label, load.micro_batches, load.train_batch, learn, setting=self.bounds[0])]
+        return [
+            # Only while they are new, which is not in every epoch.
+            Phase("encoding", "VAE encode, 1 image at once", 0, 1, self.policy.encode_images, pictures),
+            Phase("training", label, load.micro_batches, load.train_batch, learn, setting=self.bounds[0]),
+        ]

@@ -15,16 +15,14 @@ guidance and the sampler are settings.
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from vp_rl.algorithms.base import MakeOptimizer
-from vp_rl.algorithms.reward_gradient import Finished, RewardGradient
+from vp_rl.algorithms.reward_gradient import Finished, RewardGradient, checkpointed
 from vp_rl.configuration import kinds
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Generators, Sampler
-from vp_rl.types import Conditioning, Latents, Scores
+from vp_rl.types import Conditioning, Latents
 
 
 class DRaFT(RewardGradient):
@@ -88,8 +86,7 @@ class DRaFT(RewardGradient):
             return self.sampler.transition(self.policy, latents, at, conditioning).mean
 
         if self._checkpoint and torch.is_grad_enabled():
-            result: Tensor = checkpoint(taken, latents, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
-            return result
+            return checkpointed(taken, latents)
         return taken(latents)
 
     def _noise_like(self, latents: Latents, noise: Generators) -> Tensor:
@@ -97,7 +94,3 @@ class DRaFT(RewardGradient):
         each = list(noise) if isinstance(noise, Sequence) else [noise] * len(latents)
         drawn = [torch.randn(latents.shape[1:], generator=one) for one in each for _ in range(self._renoise)]
         return torch.stack(drawn).to(latents)
-
-    def of_scores(self, scores: Scores) -> Float[Tensor, ""]:
-        """Minus their mean."""
-        return -scores.mean()

@@ -83,6 +83,7 @@ class OnlineTraining(PromptTraining, ABC):
         self.sampler, self.images_per_prompt = sampler, images_per_prompt
         self.sample_batch, self.train_batch, self.inner_epochs = sample_batch, train_batch, inner_epochs
         self.advantage_clip = advantage_clip
+        sampler.stds(policy)  # looks whether the steps fit the schedule, which is then there before anything is faked
         self.conditioning: Conditioning = {}
         self.prompts: list[str] = []  # of the running round
         self.on_policy = False

@@ -1,4 +1,4 @@
-"""The reward's own gradient: what ReFL and DRaFT share.
+"""The reward's own gradient: what ReFL, DRaFT and FlowBP share.
 
 A batch of prompts is an update, or a piece of one that is accumulated: images are sampled up to some step without
 gradients, finished with a graph back to the adapter, and scored, and the score is differentiated. An algorithm says
@@ -7,13 +7,14 @@ where it takes over (`starts`), how it goes on (`finish`), and what its loss mak
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from vp_rl.algorithms.base import SCALES, MakeOptimizer, total_norm
 from vp_rl.algorithms.phases import PROMPT, Load, Phase, alike
@@ -68,23 +69,28 @@ class RewardGradient(PromptTraining, ABC):
         super().__init__(policy, optimizer, reward=reward, decay=decay, seed=seed)
         self.reward: Reward = self.reward  # type: ignore[assignment]  # it has one
         self.sampler, self.reward_weight, self.pretrain_weight = sampler, reward_weight, pretrain_weight
+        sampler.stds(policy)  # looks whether the steps fit the schedule, which is then there before anything is faked
 
     # --- an algorithm
 
     starts: Sequence[int]
     """The sampling steps before which gradients may begin; each update has one of them, at random."""
 
+    def begin(self, start: int, conditioning: Conditioning, noise: Generators) -> Latents:
+        """What `finish` is given, made without gradients: here, the latents that are about to take step `start`."""
+        return self.sampler.sample(self.policy, conditioning, noise, until=start)
+
     @abstractmethod
     def finish(self, latents: Latents, start: int, conditioning: Conditioning, noise: Generators) -> Finished:
-        """Makes images of latents that are about to take step `start`; gradients reach the adapter.
+        """Makes images of what `begin` gave; gradients reach the adapter.
 
         Args:
             noise: a generator for each row, for steps that are random.
         """
 
-    @abstractmethod
     def of_scores(self, scores: Scores) -> Float[Tensor, ""]:
-        """The loss that a batch's scores make."""
+        """The loss that a batch's scores make: here, minus their mean."""
+        return -scores.mean()
 
     # --- an update
 
@@ -114,8 +120,7 @@ class RewardGradient(PromptTraining, ABC):
         noise = self.generators((before + place for place in places), [first], *position)
         scales = self.generators((before + place for place in places), [SCALES], *position)
         conditioning = self.sampler.with_scales(self.policy.encode(batch.prompts), scales)
-        latents = self.sampler.sample(self.policy, conditioning, noise, until=start)
-        return self.finish(latents, start, conditioning, noise)
+        return self.finish(self.begin(start, conditioning, noise), start, conditioning, noise)
 
     def self_test(self, batch: PromptBatch) -> str:
         """The reward's gradient must reach the adapter: finite, and not all zero."""
@@ -153,6 +158,10 @@ class RewardGradient(PromptTraining, ABC):
 
     # --- for the planner
 
+    def made_up(self, latents: Latents) -> Latents:
+        """What `begin` could have given, of made-up latents: here, these."""
+        return latents
+
     def phases(self, load: Load, prompt: Conditioning) -> list[Phase]:
         """Sampling without gradients, then a micro-batch through the policy, the decoder and the reward."""
         [train, _], rows = self.bounds, load.train_batch
@@ -162,7 +171,8 @@ class RewardGradient(PromptTraining, ABC):
             return self.sampler.sample(self.policy, alike(prompt, size), until=1)
 
         def learn(size: int) -> object:
-            found = self.finish(self.policy.noise(size), self.starts[0], alike(prompt, size), None)
+            begun = self.made_up(self.policy.noise(size))
+            found = self.finish(begun, self.starts[0], alike(prompt, size), None)
             return self.of_scores(self.reward(found.images, [PROMPT] * len(found.images)))
 
         steps = load.micro_batches * sum(self.starts) / len(self.starts)
@@ -171,6 +181,12 @@ class RewardGradient(PromptTraining, ABC):
             Phase("sampling", f"sampling, {rows} at once", steps, rows, step),
             Phase("training", label, load.micro_batches, rows, learn, setting=train),
         ]
+
+
+def checkpointed(run: Callable[[Latents], Latents], latents: Latents) -> Latents:
+    """What `run` gives, whose activations are computed again for its gradient, rather than kept."""
+    result: Tensor = checkpoint(run, latents, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
+    return result
 
 
 def denoising_loss(
