@@ -103,7 +103,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     without, adapted = kept_of(policy, whole.policy, device, store, rewards)
     if other is None:
         rival = BASE
-        with policy.to(device).reference():
+        with policy.to(device).base():
             base = _run(evaluator, policy, reward, without, rival.name)
     else:
         rival = OTHER

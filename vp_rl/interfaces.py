@@ -142,7 +142,14 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def reference(self) -> AbstractContextManager[None]:
-        """Inside it the adapter is off: the untrained model, at no memory cost. Leave it before `backward()`."""
+        """Inside it the policy is what it is held near to, and measured from: the model without its adapter, for most.
+
+        Leave it before `backward()`.
+        """
+
+    def base(self) -> AbstractContextManager[None]:
+        """Inside it the adapter is off: the model on disk, which results are compared with; at no memory cost."""
+        return self.reference()
 
     def eagerly(self) -> AbstractContextManager[None]:
         """Inside it nothing is compiled, even where the policy is: for batches of a size that nothing else has."""
