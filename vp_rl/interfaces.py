@@ -140,6 +140,13 @@ class Policy(nn.Module, ABC):
     def encode_images(self, images: Images) -> Latents:
         """Images to clean latents, without gradients."""
 
+    def image_encoder(self) -> str | None:
+        """A name for what `encode_images` makes, by which it may be kept: of the encoder's weights and settings.
+
+        None: there is no such name, and nothing is kept.
+        """
+        return None
+
     @abstractmethod
     def reference(self) -> AbstractContextManager[None]:
         """Inside it the policy is what it is held near to, and measured from: the model without its adapter, for most.

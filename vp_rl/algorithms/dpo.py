@@ -13,7 +13,6 @@ What differs from the published code (SalesforceAIResearch/DiffusionDPO@5233e75)
 The winner's and the loser's error against the reference are logged; where the winner's rises, the log says so.
 """
 
-import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,16 +23,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining, trained_timesteps
+from vp_rl.algorithms.latents import ImageLatents
 from vp_rl.algorithms.phases import Load, Phase, alike
 from vp_rl.configuration import kinds
+from vp_rl.files.paths import user_path
 from vp_rl.functional import diffusion_dpo_loss, loser_bound, mean_square, seed_of
 from vp_rl.interfaces import Policy
-from vp_rl.types import Conditioning, Images, Latents, PreferenceBatch, take
+from vp_rl.types import Conditioning, Latents, PreferenceBatch, take
 
 log = logging.getLogger(__name__)
 
 _IMAGES = 4  # of a prompt, for the planner: VisionPrefer's
-_KEPT = 8 << 30  # bytes of images' latents that a process keeps at most
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,8 @@ class DiffusionDPO(PolicyTraining):
         beta: strength of the pull to the reference; 5000 is the published value for Stable Diffusion 1.5 and XL.
         bound: SDPO's mu in [0, 1], see the module's point 3; None: no bound.
         window: first and last timestep that is trained, as a share of the denoiser's; 1 is pure noise.
+        latents: a file that keeps what the policy's VAE made of each image, for all epochs and runs; None: it is made
+            in every epoch.
 
     Raises:
         ValueError: a setting is outside its range.
@@ -130,14 +132,31 @@ class DiffusionDPO(PolicyTraining):
         beta: kinds.Positive = 5000.0,
         bound: kinds.Share | None = 0.9,
         window: kinds.Span = (0.0, 1.0),
+        latents: kinds.Text | None = None,
         decay: bool = False,
         seed: kinds.Seed = 0,
     ) -> None:
         super().__init__(policy, optimizer, decay=decay, seed=seed)
         self.pair_loss = PairLoss(beta, bound)
         self._timesteps = trained_timesteps(policy.process, window)
-        self._latents: dict[bytes, Tensor] = {}  # by what an image is
+        self._file = None if latents is None else user_path(latents)
+        self._encoded = ImageLatents(policy, None)
         self._drift = Drift()
+
+    def setup(self, stage: str) -> None:
+        """See `PolicyTraining`; looks what is encoded already.
+
+        Raises:
+            ValueError: see `ImageLatents`.
+        """
+        super().setup(stage)
+        self._encoded.close()
+        self._encoded = ImageLatents(self.policy, self._file)
+
+    def teardown(self, stage: str) -> None:
+        """Lets go of the file."""
+        self._encoded.close()
+        self._encoded = ImageLatents(self.policy, None)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The loss of all pairs of some prompts' images."""
@@ -186,21 +205,6 @@ class DiffusionDPO(PolicyTraining):
         super().on_train_epoch_end()
         rise = self.trainer.callback_metrics.get("train/winner_error")
         self._drift.see(None if rise is None else float(rise))
-
-    @torch.no_grad()
-    def _encoded(self, images: Images) -> Latents:
-        """Clean latents, each image's made once and kept in main memory while there is room for them."""
-        found = []
-        for image in images:
-            eight_bits = image.mul(255).round().byte().cpu().numpy()  # what it was read from
-            key = hashlib.blake2b(eight_bits.tobytes() + repr(image.shape).encode(), digest_size=16).digest()
-            latents = self._latents.get(key)
-            if latents is None:  # one by one: a batch's size would change the last bits, and a resumed run has another
-                latents = self.policy.encode_images(image[None])[0].cpu()
-                if (len(self._latents) + 1) * latents.nbytes <= _KEPT:
-                    self._latents[key] = latents
-            found.append(latents)
-        return torch.stack(found).to(images.device)
 
     def _noise(
         self, prompts: list[str], like: Latents, epoch: int

@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -20,7 +21,7 @@ from vp_rl.policies.economy import Economy
 from vp_rl.policies.lora import Adapter
 from vp_rl.policies.precision import keep_norms
 from vp_rl.policies.start import NOWHERE, Held, Start
-from vp_rl.policies.text_cache import TextCache, key_of
+from vp_rl.policies.text_cache import TextCache, fingerprint, key_of
 from vp_rl.types import Conditioning, Images, Latents
 
 Tokens = list[Int[Tensor, "batch _"]]
@@ -168,6 +169,11 @@ class AdaptedPolicy(Policy):
     def encode_images(self, images: Images) -> Latents:
         """The mean of the VAE's posterior, shifted and scaled as the denoiser expects."""
         return self._pack(autoencoder.encode(self.vae, images, self.economy.vae_batch, self.shifted))
+
+    def image_encoder(self) -> str:
+        """The VAE's weights and settings, and what the family makes of its latents."""
+        recipe = f"{type(self).__name__} shifted={self.shifted} tiling={self.economy.vae_tiling}"
+        return fingerprint([self.vae], recipe, diffusers.__version__)
 
     def _pack(self, latents: Float[Tensor, "batch channels height width"]) -> Latents:
         """As the denoiser takes them, where that is not as the VAE does."""

@@ -179,6 +179,7 @@ class Adapter:
         way = "Use the same policy and policy.lora as in the run that made it."
         if not foreign and ranks:
             way = f"It is of policy.lora.r={ranks[-1]} policy.lora.target_modules=[{self._targets(state)}]"
+            way += " policy.lora.use_dora=true" if any("magnitude" in key for key in state) else ""
             way += f", and policy.lora.rank_pattern for the layers of {ranks[:-1]}." if ranks[1:] else "."
         raise ValueError(f"{shown} does not fit this policy's LoRA settings: {what}. {way}")
 
