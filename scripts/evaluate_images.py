@@ -165,6 +165,7 @@ def complete(config: DictConfig) -> tuple[Path, DictConfig]:
         "annotator": whole.annotator,
         "sampler": sampler_of(run, config.sampler),
         "panel": config.panel or OmegaConf.select(run, "evaluation.panel") or {},
+        "metrics": OmegaConf.select(run, "evaluation.metrics") or {},
     } | {name: config[name] for name in ("split", "limit", "seeds", "batch_size")}
     return adapter, whole
 

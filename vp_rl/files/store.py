@@ -12,7 +12,7 @@ _TABLE = "CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB);"
 class Store:
     """Bytes by key in one SQLite file, which no crash leaves half-written and several processes may use.
 
-    So may several threads, one after the other: in a notebook answers come in another one (see `interfaces.wait`).
+    So may several threads, one after the other: in a notebook answers come in another one (see `waiting.wait`).
 
     Args:
         file: None: nothing is kept.
