@@ -68,7 +68,7 @@ def test_a_policy_that_begins_with_an_adapter_makes_its_images(case: str, start:
     perturb(policy)
     for parameter in policy.parameters():
         if parameter.requires_grad:
-            parameter.data *= -1
+            parameter.data *= 0.5
     with policy.reference():  # whatever has been learned since
         torch.testing.assert_close(our_images(policy), images, rtol=0, atol=1e-5)
     with policy.base():
@@ -116,7 +116,8 @@ def test_each_layer_of_kohyas_counts_by_its_own_alpha(tiny: Path, tmp_path: Path
 
 @torch.no_grad()
 def test_kohyas_flux_whose_layers_are_in_one_there_is_what_diffusers_reads_in_it(tmp_path: Path) -> None:
-    width = denoiser(make("flux")).config.num_attention_heads * denoiser(make("flux")).config.attention_head_dim
+    config: Any = denoiser(make("flux")).config
+    width = config.num_attention_heads * config.attention_head_dim
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     layer = "lora_unet_double_blocks_0_img_attn_qkv"
     state = {f"{layer}.lora_down.weight": draw(4, width) / 4, f"{layer}.lora_up.weight": draw(3 * width, 4) / 4}
@@ -205,7 +206,7 @@ def test_nft_goes_on_too(tiny: Path) -> None:
 
 
 def test_an_adapter_of_other_layers_or_rank_is_refused_with_the_settings_that_would_do(tmp_path: Path) -> None:
-    chosen = ["to_k", "ff.net.2", "conv1", "time_embedding.linear_1"]
+    chosen = ["attn1.to_k", "ff.net.2", "conv1", "time_embedding.linear_1"]
     writer = build("tiny_sd", lora=lora(r=3, lora_alpha=3, target_modules=chosen))
     perturb(writer)
     writer.save_adapter(tmp_path)
