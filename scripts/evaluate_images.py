@@ -103,7 +103,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     without, adapted = kept_of(policy, whole.policy, device, store, rewards)
     if other is None:
         rival = BASE
-        with policy.to(device).reference():
+        with policy.to(device).base():
             base = _run(evaluator, policy, reward, without, rival.name)
     else:
         rival = OTHER
@@ -165,6 +165,7 @@ def complete(config: DictConfig) -> tuple[Path, DictConfig]:
         "annotator": whole.annotator,
         "sampler": sampler_of(run, config.sampler),
         "panel": config.panel or OmegaConf.select(run, "evaluation.panel") or {},
+        "metrics": OmegaConf.select(run, "evaluation.metrics") or {},
     } | {name: config[name] for name in ("split", "limit", "seeds", "batch_size")}
     return adapter, whole
 

@@ -86,7 +86,7 @@ def evaluate(config: DictConfig) -> dict[str, Score]:
                 detector, source, evaluator.prompts, evaluator.seeds, images, store, who, on_batch=bar.update
             )
 
-    with policy.reference():
+    with policy.base():
         base = side(without, "base model")
     tuned = side(adapted, "adapter")
     scores = compare_tasks(base, tuned)

@@ -92,7 +92,7 @@ def make(
         policy.load_adapter(adapter)
         without, adapted = kept_of(policy, whole.policy, where, store)
         if not rows:
-            with policy.reference():
+            with policy.base():
                 rows["base"] = evaluator.make(policy, prompts, share=share, kept=without)
         rows[name] = evaluator.make(policy, prompts, share=share, kept=adapted)
         del policy  # before the next one takes its place on the device

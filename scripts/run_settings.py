@@ -20,7 +20,12 @@ from vp_rl.evaluation.store import Kept, Store, fingerprint
 from vp_rl.evaluation.terminal import is_full, stop
 from vp_rl.interfaces import Policy, Unanswered
 
-_TRAINING = ("lora", "gradient_checkpointing")  # of a policy's settings: what changes nothing in the base's images
+_TRAINING = (
+    "lora",
+    "gradient_checkpointing",
+    "start",
+    "reference",
+)  # of a policy's settings: what changes nothing in the base's images
 
 
 @contextmanager
@@ -90,11 +95,16 @@ def with_given(run: Any, name: str, given: Any, adapter: str, key: str = "adapte
         ValueError: the run has no such node, and a whole one was not given.
     """
     own = OmegaConf.select(run, name)
-    if given is not None and "_target_" in given:
-        return given
-    if own is None:
-        raise ValueError(f"{key}='{adapter}' is of no run, so that {name}=... must be given, as in {name}=NAME.")
-    return OmegaConf.merge(OmegaConf.to_container(own, resolve=True), given or {})
+    if given is None or "_target_" not in given:
+        if own is None:
+            raise ValueError(f"{key}='{adapter}' is of no run, so that {name}=... must be given, as in {name}=NAME.")
+        given = OmegaConf.merge(OmegaConf.to_container(own, resolve=True), given or {})
+    # The adapter that is looked at has in it what it began with, whose file need not be there any more.
+    return (
+        given
+        if name != "policy" or "start" not in given
+        else OmegaConf.merge(given, {"start": None, "reference": "base"})
+    )
 
 
 def sampler_of(run: Any, given: Any) -> dict[str, Any]:

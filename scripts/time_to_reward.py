@@ -142,7 +142,7 @@ def run_peer(
     """Trains TRL until the target or the cap; its adapter is read into our policy to be judged."""
     print(f"TRL: {settings['config']}", flush=True)
     policy = StableDiffusion(settings["pipeline"], LoraConfig(**LORA))
-    with policy.reference():
+    with policy.base():
         curve.add(0.0, held_out(evaluator, policy, reward))
     with tempfile.TemporaryDirectory() as folder, Peer(Path(folder) / "log", **settings) as peer:
         seconds = 0.0

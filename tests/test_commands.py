@@ -97,8 +97,13 @@ RUN = {  # in this order, as later ones need what earlier ones leave: what is ap
     "python train.py experiment=flow_bp_vpscore": f"{REFL} sampler.steps=4",
     "python train.py experiment=nft_vpscore": DDPO,
     "python train.py experiment=awm_vpscore": DDPO,
+    "python train.py experiment=online_dpo_vpscore": DDPO,
     "python train.py experiment=dpo_visionprefer": f"{VP_SCORE} evaluation.limit=4 evaluation.seeds=[0] "
     "evaluation.sampler.steps=2",
+    **{
+        f"python train.py experiment=ddpo_vpscore policy.start=outputs/refl_vpscore/DATE{more}": DDPO
+        for more in ("", " policy.reference=start")
+    },
     "python train.py experiment=ddpo_vpscore logger=wandb": DDPO,
     "python train.py experiment=ddpo_vpscore dry_run=true": "data.batches_per_epoch=1 data.batch_size=2",
     "python train.py experiment=ddpo_vpscore resume=auto": DDPO,

@@ -276,3 +276,25 @@ def test_the_comparison_as_table_and_as_json() -> None:
     lines = as_markdown(changes).splitlines()
     assert "| reward | 0.000 | 0.500 | +0.500 | [-0.208, +0.500] | 100% | 0% |" in lines  # 0.5 (2 x 0.025^(1/3) - 1)
     assert len({line.count("|") for line in lines}) == 1
+
+
+def contrast(images: np.ndarray, prompts: list[str]) -> list[float]:
+    """Of each image; a metric of a user's own."""
+    assert len(images) == len(prompts)
+    return [float(image.std()) for image in images]
+
+
+def test_metrics_of_ones_own_are_measured_compared_and_kept_with_their_rows() -> None:
+    it = Evaluator(Prompts(), BrightnessJudge(), SAMPLER, seeds=(0, 1), metrics={"contrast": contrast})
+    base, tuned = (it.evaluate(shifted(by), Brightness()) for by in (0.0, 2.0))
+    expected = [image.std() for image in base.images]
+    assert base.metrics()["metric/contrast"].tolist() == pytest.approx(expected)
+    assert base.rows([3, 1]).metrics()["metric/contrast"].tolist() == pytest.approx([expected[3], expected[1]])
+    found = compare(base, tuned)["metric/contrast"]
+    gain = tuned.metrics()["metric/contrast"] - base.metrics()["metric/contrast"]
+    assert found.difference == pytest.approx(gain.mean())
+    assert found.low <= found.difference <= found.high
+    for wrong in (lambda images, prompts: 1.0, lambda images, prompts: [float("nan")] * len(images)):
+        bad = Evaluator(Prompts(), BrightnessJudge(), SAMPLER, metrics={"wrong": wrong})
+        with pytest.raises(ValueError, match=r"evaluation\.metrics\.wrong gave .* a finite number for each"):
+            bad.evaluate(shifted(0.0), Brightness())

@@ -111,6 +111,28 @@ CODE = {
             def read(self, answer, images):
                 return [Rating(rating, "by its brightness") for rating in json.loads(answer)]
     ''',
+    "preference": '''
+        """An annotator of one's own that only compares pairs: the more colourful one is better."""
+        import io
+        import numpy as np
+        from PIL import Image
+        from vp_rl.annotators.pairs import PairAnnotator
+
+        class Preference(PairAnnotator):
+            name, version, concurrency = "preference", "1", 4
+
+            async def compare(self, prompt, first, second, aspect):
+                one, other = (float(np.asarray(Image.open(io.BytesIO(each))).std()) for each in (first, second))
+                return 0.5 if one == other else float(one > other)
+    ''',
+    "edges": '''
+        """A report metric of one's own: how much neighbouring pixels differ."""
+        import numpy as np
+
+        class Edges:
+            def __call__(self, images, prompts):
+                return np.abs(np.diff(images.astype(float), axis=2)).mean((1, 2, 3))
+    ''',
     "shade": '''
         """A model family of one's own: an image is what is left of its noise, plus a colour that is trained."""
         from contextlib import contextmanager
@@ -170,6 +192,7 @@ YAMLS = {
     "algorithm/tuning": "_target_: mine.tuning.Tuning\npolicy: ${policy}\nseed: ${seed}\n",
     "reward/redness": "_target_: mine.redness.Redness\n",
     "annotator/taste": "_target_: mine.taste.Taste\n",
+    "annotator/preference": "_target_: mine.preference.Preference\n",
     "policy/shade": "_target_: mine.shade.Shade\nsize: 8\n",
 }
 SMALL = (
@@ -193,6 +216,21 @@ RUNS = {
     ),
     "a reward": ("algorithm=nft", "algorithm.images_per_prompt=4", "reward=redness", "data.batch_size=2"),
     "an annotator": ("algorithm=refl", "reward=redness", "annotator=taste", "data.batch_size=2", "algorithm.target=9"),
+    "an annotator that only compares pairs": (
+        "algorithm=tuning",
+        "data=preferences",
+        "prompts.train=12",
+        "data.builder.images_per_prompt=3",
+        "annotator@data.builder.annotator=preference",
+        "data.folder=compared",
+    ),
+    "a report metric": (
+        "algorithm=refl",
+        "reward=redness",
+        "data.batch_size=2",
+        "algorithm.target=9",
+        "+evaluation.metrics.edges._target_=mine.edges.Edges",
+    ),
     "a policy family": ("algorithm=draft", "reward=redness", "policy=shade", "sampler.eta=0", "data.batch_size=4"),
 }
 PLANNED = ("an online algorithm", "a reward-gradient algorithm", "a policy family")
@@ -251,7 +289,12 @@ def test_a_part_of_ones_own_runs_is_gone_on_with_and_reported(kind: str, package
     assert summary
     page = (whole / "report.html").read_text()
     assert "Did it improve?" in page
-    assert ("Reward (trained for)" in page) == (kind != "an offline algorithm")
+    assert ("Reward (trained for)" in page) == ("algorithm=tuning" not in words)
+    assert ("By your own metrics" in page) == (kind == "a report metric")
+    if kind == "a report metric":
+        change = summary["held_out"]["metric/edges"]
+        assert change["base"] > 0
+        assert change["low"] <= change["difference"] <= change["high"]
 
 
 @pytest.mark.slow

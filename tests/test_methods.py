@@ -25,7 +25,7 @@ from vp_rl.data.preferences import PreferenceDataModule
 from vp_rl.functional import diffusion_dpo_loss, loser_bound, nft_loss, normalised_error
 from vp_rl.processes.ddim import DDIM
 from vp_rl.sampler import Sampler
-from vp_rl.types import ASPECTS, Images
+from vp_rl.types import ASPECTS
 
 STILL = Sampler(steps=5, guidance=1.0, eta=0.0)
 TARGET = torch.tensor([0.5, -0.3, 0.2])
@@ -318,25 +318,7 @@ def test_only_the_windows_random_steps_are_random_and_trained() -> None:
         ddpo(LinearPolicy(), window=(0.2, 0.8), random_steps=4)
 
 
-# --- pictures go in once
-
-
-class Counting(LinearPolicy):
-    def __init__(self) -> None:
-        super().__init__(gain=0.0)
-        self.encoded = 0
-
-    def encode_images(self, images: Images) -> Tensor:
-        self.encoded += len(images)
-        return images
-
-
-def test_dpo_encodes_each_image_once() -> None:
-    algorithm = dpo(Counting())
-    images = torch.rand(4, 3, 1, 1)
-    first = algorithm._encoded(images)
-    assert torch.equal(algorithm._encoded(images[[2, 0]]), first[[2, 0]])
-    assert algorithm.policy.encoded == 4
+# --- Diffusion-DPO on a set of images
 
 
 @pytest.fixture(scope="module")

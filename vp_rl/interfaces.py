@@ -3,13 +3,11 @@
 A new one of a kind is one subclass in one file, and one yaml. Implementations are final: nobody subclasses them.
 """
 
-import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -31,8 +29,6 @@ from vp_rl.types import (
     Transition,
     Usage,
 )
-
-Result = TypeVar("Result")
 
 
 class Reward(nn.Module, ABC):
@@ -152,9 +148,23 @@ class Policy(nn.Module, ABC):
     def encode_images(self, images: Images) -> Latents:
         """Images to clean latents, without gradients."""
 
+    def image_encoder(self) -> str | None:
+        """A name for what `encode_images` makes, by which it may be kept: of the encoder's weights and settings.
+
+        None: there is no such name, and nothing is kept.
+        """
+        return None
+
     @abstractmethod
     def reference(self) -> AbstractContextManager[None]:
-        """Inside it the adapter is off: the untrained model, at no memory cost. Leave it before `backward()`."""
+        """Inside it the policy is what it is held near to, and measured from: the model without its adapter, for most.
+
+        Leave it before `backward()`.
+        """
+
+    def base(self) -> AbstractContextManager[None]:
+        """Inside it the adapter is off: the model on disk, which results are compared with; at no memory cost."""
+        return self.reference()
 
     def eagerly(self) -> AbstractContextManager[None]:
         """Inside it nothing is compiled, even where the policy is: for batches of a size that nothing else has."""
@@ -269,35 +279,6 @@ class Annotator(ABC):
         if answer.refused:
             raise ValueError(f"{self.name} refused to rate images of {prompt[:200]!r}: {answer.text[:500]}")
         return self.read(answer.text, len(images))
-
-
-def wait(coroutine: Coroutine[Any, Any, Result]) -> Result:
-    """The coroutine's result, for callers of an annotator who may not `await`, as a reward's `forward`.
-
-    Also where an event loop is running already, as in a notebook. Ctrl-C ends the coroutine, too.
-    """
-    try:
-        running = asyncio.get_running_loop()
-    except RuntimeError:
-        running = None
-    if running is None:
-        return asyncio.run(coroutine)
-    started: list[asyncio.Task[Result]] = []
-
-    async def noted() -> Result:
-        task = asyncio.current_task()
-        assert task is not None
-        started.append(task)
-        return await coroutine
-
-    with ThreadPoolExecutor(1) as thread:
-        result = thread.submit(asyncio.run, noted())
-        try:
-            return result.result()
-        except KeyboardInterrupt:  # nobody but the main thread hears of it
-            for task in started:
-                task.get_loop().call_soon_threadsafe(task.cancel)
-            raise
 
 
 class Rewriter(ABC):

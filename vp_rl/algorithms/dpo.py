@@ -13,9 +13,9 @@ What differs from the published code (SalesforceAIResearch/DiffusionDPO@5233e75)
 The winner's and the loser's error against the reference are logged; where the winner's rises, the log says so.
 """
 
-import hashlib
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,16 +23,90 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vp_rl.algorithms.base import MakeOptimizer, PolicyTraining, trained_timesteps
+from vp_rl.algorithms.latents import ImageLatents
 from vp_rl.algorithms.phases import Load, Phase, alike
 from vp_rl.configuration import kinds
+from vp_rl.files.paths import user_path
 from vp_rl.functional import diffusion_dpo_loss, loser_bound, mean_square, seed_of
 from vp_rl.interfaces import Policy
-from vp_rl.types import Conditioning, Images, Latents, PreferenceBatch, take
+from vp_rl.types import Conditioning, Latents, PreferenceBatch, take
 
 log = logging.getLogger(__name__)
 
 _IMAGES = 4  # of a prompt, for the planner: VisionPrefer's
-_KEPT = 8 << 30  # bytes of images' latents that a process keeps at most
+
+
+@dataclass(frozen=True)
+class PairLoss:
+    """The loss of pairs of noised images, against the policy's reference.
+
+    Attributes:
+        beta: strength of the pull to the reference.
+        bound: SDPO's mu in [0, 1], see the module's point 3; None: no bound.
+
+    Raises:
+        ValueError: a number is outside its range.
+    """
+
+    beta: float
+    bound: float | None
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0:
+            raise ValueError(f"algorithm.beta={self.beta} must be above 0.")
+        if self.bound is not None and not 0 <= self.bound <= 1:
+            raise ValueError(f"algorithm.bound={self.bound} must be in [0, 1], or null.")
+
+    def __call__(
+        self,
+        policy: Policy,
+        x0: Latents,
+        noise: Latents,
+        timestep: Float[Tensor, " batch"],
+        conditioning: Conditioning,
+        better: Tensor,
+        worse: Tensor,
+    ) -> tuple[Float[Tensor, " pairs"], dict[str, Tensor]]:
+        """The loss of each pair, and by name other values of each.
+
+        Args:
+            policy: what is trained.
+            x0, noise, timestep, conditioning: of each image; those of a pair have the same noise and timestep.
+            better, worse: rows of each pair's images.
+        """
+        process = policy.process
+        latents, target = process.add_noise(x0, noise, timestep), process.target(x0, noise, timestep)
+        with torch.no_grad(), policy.reference():
+            reference = mean_square(policy.predict(latents, timestep, conditioning, 1.0) - target)
+        wrong = policy.predict(latents, timestep, conditioning, 1.0) - target
+        error = mean_square(wrong)
+        winner, loser = error[better], error[worse]
+        if self.bound is not None:
+            kept = loser_bound(wrong[better], wrong[worse], self.bound)
+            loser = loser.detach() + kept * (loser - loser.detach())
+        gained, lost = winner - reference[better], loser - reference[worse]
+        return diffusion_dpo_loss(gained, lost, self.beta), {
+            "train/accuracy": (gained < lost).float(),
+            "train/winner_error": gained.detach(),
+            "train/loser_error": lost.detach(),
+        }
+
+
+class Drift:
+    """Says so where the preferred images have become less likely, too, for three epochs in a row."""
+
+    def __init__(self) -> None:
+        self._rises = 0
+
+    def see(self, rise: float | None) -> None:
+        """An epoch's mean error of the preferred images, less the reference's; None: there was no pair."""
+        self._rises = self._rises + 1 if rise is not None and rise > 0 else 0
+        if self._rises == 3:
+            log.warning(
+                "the preferred images' denoising error has been above the reference's for 3 epochs (train/winner_error "
+                "%.2g): the policy moves away from all images. Lower algorithm.optimizer.lr, or raise algorithm.bound.",
+                rise,
+            )
 
 
 class DiffusionDPO(PolicyTraining):
@@ -43,6 +117,8 @@ class DiffusionDPO(PolicyTraining):
         beta: strength of the pull to the reference; 5000 is the published value for Stable Diffusion 1.5 and XL.
         bound: SDPO's mu in [0, 1], see the module's point 3; None: no bound.
         window: first and last timestep that is trained, as a share of the denoiser's; 1 is pure noise.
+        latents: a file that keeps what the policy's VAE made of each image, for all epochs and runs; None: it is made
+            in every epoch.
 
     Raises:
         ValueError: a setting is outside its range.
@@ -56,18 +132,31 @@ class DiffusionDPO(PolicyTraining):
         beta: kinds.Positive = 5000.0,
         bound: kinds.Share | None = 0.9,
         window: kinds.Span = (0.0, 1.0),
+        latents: kinds.Text | None = None,
         decay: bool = False,
         seed: kinds.Seed = 0,
     ) -> None:
         super().__init__(policy, optimizer, decay=decay, seed=seed)
-        if not beta > 0:
-            raise ValueError(f"algorithm.beta={beta} must be above 0.")
-        if bound is not None and not 0 <= bound <= 1:
-            raise ValueError(f"algorithm.bound={bound} must be in [0, 1], or null.")
-        self.beta, self.bound = beta, bound
+        self.pair_loss = PairLoss(beta, bound)
         self._timesteps = trained_timesteps(policy.process, window)
-        self._latents: dict[bytes, Tensor] = {}  # by what an image is
-        self._rises = 0  # epochs in a row
+        self._file = None if latents is None else user_path(latents)
+        self._encoded = ImageLatents(policy, None)
+        self._drift = Drift()
+
+    def setup(self, stage: str) -> None:
+        """See `PolicyTraining`; looks what is encoded already.
+
+        Raises:
+            ValueError: see `ImageLatents`.
+        """
+        super().setup(stage)
+        self._encoded.close()
+        self._encoded = ImageLatents(self.policy, self._file)
+
+    def teardown(self, stage: str) -> None:
+        """Lets go of the file."""
+        self._encoded.close()
+        self._encoded = ImageLatents(self.policy, None)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """The loss of all pairs of some prompts' images."""
@@ -108,52 +197,14 @@ class DiffusionDPO(PolicyTraining):
             x0, noise, timestep, conditioning: of each image; a prompt's have the same noise and timestep.
             better, worse: rows of each pair's images.
         """
-        process = self.policy.process
-        latents, target = process.add_noise(x0, noise, timestep), process.target(x0, noise, timestep)
-        with torch.no_grad(), self.policy.reference():
-            reference = mean_square(self.policy.predict(latents, timestep, conditioning, 1.0) - target)
-        wrong = self.policy.predict(latents, timestep, conditioning, 1.0) - target
-        error = mean_square(wrong)
-        winner, loser = error[better], error[worse]
-        if self.bound is not None:
-            kept = loser_bound(wrong[better], wrong[worse], self.bound)
-            loser = loser.detach() + kept * (loser - loser.detach())
-        gained, lost = winner - reference[better], loser - reference[worse]
-        losses = diffusion_dpo_loss(gained, lost, self.beta)
-        values = {
-            "train/loss": losses.detach(),
-            "train/accuracy": (gained < lost).float(),
-            "train/winner_error": gained.detach(),
-            "train/loser_error": lost.detach(),
-        }
-        return losses.mean(), values
+        losses, values = self.pair_loss(self.policy, x0, noise, timestep, conditioning, better, worse)
+        return losses.mean(), {"train/loss": losses.detach()} | values
 
     def on_train_epoch_end(self) -> None:
         """Says so where the preferred images have become less likely, too."""
         super().on_train_epoch_end()
         rise = self.trainer.callback_metrics.get("train/winner_error")
-        self._rises = self._rises + 1 if rise is not None and rise > 0 else 0
-        if self._rises == 3:
-            log.warning(
-                "the preferred images' denoising error has been above the reference's for 3 epochs (train/winner_error "
-                "%.2g): the policy moves away from all images. Lower algorithm.optimizer.lr, or raise algorithm.bound.",
-                rise,
-            )
-
-    @torch.no_grad()
-    def _encoded(self, images: Images) -> Latents:
-        """Clean latents, each image's made once and kept in main memory while there is room for them."""
-        found = []
-        for image in images:
-            eight_bits = image.mul(255).round().byte().cpu().numpy()  # what it was read from
-            key = hashlib.blake2b(eight_bits.tobytes() + repr(image.shape).encode(), digest_size=16).digest()
-            latents = self._latents.get(key)
-            if latents is None:  # one by one: a batch's size would change the last bits, and a resumed run has another
-                latents = self.policy.encode_images(image[None])[0].cpu()
-                if (len(self._latents) + 1) * latents.nbytes <= _KEPT:
-                    self._latents[key] = latents
-            found.append(latents)
-        return torch.stack(found).to(images.device)
+        self._drift.see(None if rise is None else float(rise))
 
     def _noise(
         self, prompts: list[str], like: Latents, epoch: int

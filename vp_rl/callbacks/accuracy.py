@@ -11,11 +11,12 @@ from jaxtyping import Float, Int
 
 from vp_rl.algorithms.shares import of_all_devices, unrepeated
 from vp_rl.evaluation.accuracy import Accuracy, as_markdown, pairwise_accuracy, preferred
-from vp_rl.interfaces import Annotator, wait
+from vp_rl.interfaces import Annotator
 from vp_rl.types import ASPECTS, PreferenceBatch
 from vp_rl.visionprefer.annotate import rate_all
 from vp_rl.visionprefer.estimates import without_nan
 from vp_rl.visionprefer.generate import as_png, to_uint8
+from vp_rl.waiting import wait
 
 
 class AccuracyReport(lightning.Callback):

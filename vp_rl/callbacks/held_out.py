@@ -132,7 +132,7 @@ class HeldOutEvaluation(lightning.Callback):
         assert isinstance(module, PolicyTraining)
         self._evaluator.annotator.check()
         log.info("evaluating the base model on %d held-out prompts", len(self._evaluator.prompts))
-        with module.policy.reference():
+        with module.policy.base():
             self._base = self._evaluate(trainer, module, self._evaluator.prompts, "base model")
             self._small = self._evaluate(trainer, module, self._watched, "base model")
         if self._base is not None and self._small is not None:

@@ -9,11 +9,12 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from vp_rl.evaluation.store import Store, key_of, same_pixels
-from vp_rl.interfaces import Annotator, wait
+from vp_rl.interfaces import Annotator
 from vp_rl.secrets import masked
 from vp_rl.types import ASPECTS, Answer, Aspect, Rating, Usage
 from vp_rl.visionprefer.annotate import rate_all
 from vp_rl.visionprefer.generate import as_png
+from vp_rl.waiting import wait
 
 _AT_ONCE = 64  # prompts whose images are encoded and wait to be sent, or more where as many are asked about
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -50,6 +50,8 @@ class Evaluation:
     """By other rewards, by their names."""
     asked: Asked = Asked()
     """What the ratings took."""
+    own: dict[str, Float[np.ndarray, " images"]] = field(default_factory=dict)
+    """By metrics of the user's own, by their names."""
 
     def metrics(self) -> dict[str, Float[np.ndarray, " images"]]:
         """Everything better or worse, by name, for each image; `correct` is 1 where prompt following is rated 5."""
@@ -60,6 +62,7 @@ class Evaluation:
             "mean_rating": self.ratings.mean(1),
             "correct": (by_aspect["prompt_following"] == 5).astype(float),
             **{f"panel/{name}": scores.astype(float) for name, scores in self.panel.items()},
+            **{f"metric/{name}": values for name, values in self.own.items()},
         }
 
     @cached_property
@@ -100,6 +103,7 @@ class Evaluation:
             self.ratings[chosen],
             [self.rationales[row] for row in chosen],
             {name: scores[chosen] for name, scores in self.panel.items()},
+            own={name: values[chosen] for name, values in self.own.items()},
         )
 
 
@@ -120,6 +124,23 @@ def interleave(shares: Sequence[np.ndarray], each: int) -> UInt8[np.ndarray, "wh
 def noise_seed(place: int, seed: int) -> int:
     """What an image's random numbers start from: its prompt's place in the evaluation and its seed, nothing else."""
     return 1_000_003 * seed + place
+
+
+def _measured(
+    name: str, metric: Callable[..., Any], pixels: Pixels, prompts: list[str]
+) -> Float[np.ndarray, " images"]:
+    """A metric of the user's own.
+
+    Raises:
+        ValueError: it gives something else than a number for each image.
+    """
+    values = np.asarray(metric(pixels, prompts), float)
+    if values.shape != (len(pixels),) or not np.isfinite(values).all():
+        raise ValueError(
+            f"evaluation.metrics.{name} gave {values.shape or values} for {len(pixels)} images: it must give a finite "
+            "number for each of them."
+        )
+    return values
 
 
 class _Row(NamedTuple):
@@ -143,6 +164,8 @@ class Evaluator:
         batch_size: images made at once; does not change them.
         watch: the split that is looked at while training, so that choosing by it leaves `split` for the end.
         panel: other rewards beside the trained one, by the names they get.
+        metrics: of the user's own, by the names they get: given images in 8 bits a colour, (images, height, width, 3),
+            and the prompt of each, a number for each image, where higher is better.
 
     Raises:
         ValueError: there is no image to make.
@@ -159,6 +182,7 @@ class Evaluator:
         batch_size: Count = 64,
         watch: Split = "validation",
         panel: Mapping[str, Reward] | None = None,
+        metrics: Mapping[str, Callable[..., Any]] | None = None,
     ) -> None:
         for name, chosen in (("split", split), ("watch", watch)):
             if chosen not in get_args(Split):
@@ -177,7 +201,7 @@ class Evaluator:
         self.watch = watch
         self._source = prompts
         self.sampler, self.annotator, self.panel = sampler, annotator, dict(panel or {})
-        self._batch_size = batch_size
+        self._metrics, self._batch_size = dict(metrics or {}), batch_size
 
     @cached_property
     def categories(self) -> dict[str, list[str]]:
@@ -269,6 +293,7 @@ class Evaluator:
             rationales,
             scores,
             asked,
+            {name: _measured(name, each, pixels, [row.prompt for row in rows]) for name, each in self._metrics.items()},
         )
 
     def _rows(self, prompts: Sequence[str], share: tuple[int, int] = (0, 1)) -> list[_Row]:

@@ -25,7 +25,7 @@ from vp_rl.evaluation.distances import Distances
 from vp_rl.evaluation.images import Evaluation, noise_seed
 from vp_rl.evaluation.looks import blank
 from vp_rl.evaluation.signs import Sign
-from vp_rl.evaluation.verdict import ALIKE, LOOK, PANEL, Chosen, interval, label, number, verdicts
+from vp_rl.evaluation.verdict import ALIKE, LOOK, OWN, PANEL, Chosen, interval, label, number, verdicts
 from vp_rl.sampler import Sampler
 from vp_rl.scenes import tiny
 from vp_rl.secrets import mask
@@ -166,8 +166,11 @@ def _groups(changes: Mapping[str, Change]) -> dict[str, list[str]]:
     """The metrics' names below the table's headings."""
     groups = {
         "Trained for": [name for name in changes if name == "reward"],
-        "By the held-out judge": [name for name in changes if name != "reward" and not name.startswith((PANEL, LOOK))],
+        "By the held-out judge": [
+            name for name in changes if name != "reward" and not name.startswith((PANEL, OWN, LOOK))
+        ],
         "By other rewards": [name for name in changes if name.startswith(PANEL)],
+        "By your own metrics": [name for name in changes if name.startswith(OWN)],
         "What images look like: neither more nor less is better": [name for name in changes if name.startswith(LOOK)],
     }
     return {title: names for title, names in groups.items() if names}

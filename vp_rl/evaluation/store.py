@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,53 +12,9 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vp_rl.files import images as image_files
-from vp_rl.files import sqlite
+from vp_rl.files.store import Store
 from vp_rl.types import Conditioning
 from vp_rl.visionprefer.generate import as_png
-
-_AT_ONCE = 500  # keys in a question to SQLite
-_WHAT = "a cache of evaluations"
-_TABLE = "CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value BLOB);"
-
-
-class Store:
-    """Bytes by key in one SQLite file, which no crash leaves half-written and several processes may use.
-
-    So may several threads, one after the other: in a notebook answers come in another one (see `interfaces.wait`).
-
-    Args:
-        file: None: nothing is kept.
-
-    Raises:
-        OSError: the file is no such store, or cannot be used; here and later.
-    """
-
-    def __init__(self, file: Path | None) -> None:
-        self._file = file
-        self._connection = None if file is None else sqlite.opened(file, _WHAT, _TABLE, durable=False)
-
-    def get(self, keys: Sequence[str]) -> dict[str, bytes]:
-        """Those that are there."""
-        if self._file is None or self._connection is None:
-            return {}
-        found: dict[str, bytes] = {}
-        for start in range(0, len(keys), _AT_ONCE):
-            some = keys[start : start + _AT_ONCE]
-            marks = ", ".join("?" * len(some))
-            with sqlite.told(self._file, _WHAT):
-                found |= dict(self._connection.execute(f"SELECT key, value FROM kept WHERE key IN ({marks})", some))
-        return found
-
-    def put(self, items: Iterable[tuple[str, bytes]]) -> None:
-        """All of them, or none if this is broken off."""
-        if self._file is not None and self._connection is not None:
-            with sqlite.told(self._file, _WHAT), self._connection:
-                self._connection.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", list(items))
-
-    def close(self) -> None:
-        """Lets go of the file."""
-        if self._connection is not None:
-            self._connection.close()
 
 
 class Kept(NamedTuple):

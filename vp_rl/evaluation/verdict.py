@@ -24,7 +24,8 @@ LABELS = {
     "look/spread": "Spread over prompts",
     "look/distance": "Distance between the two images",
 }
-PANEL, LOOK = "panel/", "look/"  # other rewards; what images look like, which is neither good nor bad
+PANEL, OWN = "panel/", "metric/"  # other rewards; metrics of the user's own
+LOOK = "look/"  # what images look like, which is neither good nor bad
 ALIKE = ("look/diversity", "look/spread")
 """What images look like, of which less is worse: one image whatever the prompt or the noise."""
 _RATED = (*ASPECTS, "mean_rating")
@@ -79,9 +80,9 @@ class Chosen(NamedTuple):
 
 
 def label(name: str) -> str:
-    """What readers call a metric; other rewards have their names from the settings."""
-    if name.startswith(PANEL):
-        return name.removeprefix(PANEL)
+    """What readers call a metric; other rewards, and the user's own metrics, have their names from the settings."""
+    if name.startswith((PANEL, OWN)):
+        return name.partition("/")[2]
     return LABELS.get(name, name.removeprefix(LOOK).replace("_", " ").capitalize())
 
 

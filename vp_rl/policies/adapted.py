@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.torch_utils import randn_tensor
@@ -13,12 +14,14 @@ from jaxtyping import Float, Int
 from peft import LoraConfig
 from torch import Tensor, nn
 
+from vp_rl.files.paths import user_path
 from vp_rl.interfaces import Policy
 from vp_rl.policies import autoencoder
 from vp_rl.policies.economy import Economy
 from vp_rl.policies.lora import Adapter
 from vp_rl.policies.precision import keep_norms
-from vp_rl.policies.text_cache import TextCache, key_of
+from vp_rl.policies.start import NOWHERE, Held, Start
+from vp_rl.policies.text_cache import TextCache, fingerprint, key_of
 from vp_rl.types import Conditioning, Images, Latents, Negative
 
 Tokens = list[Int[Tensor, "batch _"]]
@@ -36,6 +39,10 @@ class AdaptedPolicy(Policy):
         lora: what to adapt and at which rank; None: nothing, for images only.
         economy: see there.
         gradient_checkpointing: of the denoiser and of the VAE.
+        start: what the adapter begins with, and the reference.
+
+    Raises:
+        ValueError: the adapter to begin with is none, or does not fit; or there is nothing to be trained.
     """
 
     guidance: nn.Module
@@ -50,8 +57,11 @@ class AdaptedPolicy(Policy):
         lora: LoraConfig | None,
         economy: Economy,
         gradient_checkpointing: bool,
+        start: Start = NOWHERE,
     ) -> None:
         super().__init__()
+        if start.path is not None and lora is None:
+            raise ValueError(f"policy.start={start.path!r} needs policy.lora, the adapter that it is read into.")
         self.economy = economy
         parts = pipeline.components
         for name in sorted(parts):
@@ -68,6 +78,9 @@ class AdaptedPolicy(Policy):
         keep_norms(denoiser)
         keep_norms(self.vae)
         self.adapter = Adapter(denoiser, lora, component, type(pipeline))
+        if start.path is not None:
+            self.adapter.load(user_path(start.path))
+        self.start = Held(denoiser) if start.reference == "start" else None
         if gradient_checkpointing:
             denoiser.enable_gradient_checkpointing()
             self.vae.enable_gradient_checkpointing()
@@ -163,6 +176,11 @@ class AdaptedPolicy(Policy):
         """The mean of the VAE's posterior, shifted and scaled as the denoiser expects."""
         return self._pack(autoencoder.encode(self.vae, images, self.economy.vae_batch, self.shifted))
 
+    def image_encoder(self) -> str:
+        """The VAE's weights and settings, and what the family makes of its latents."""
+        recipe = f"{type(self).__name__} shifted={self.shifted} tiling={self.economy.vae_tiling}"
+        return fingerprint([self.vae], recipe, diffusers.__version__)
+
     def _pack(self, latents: Float[Tensor, "batch channels height width"]) -> Latents:
         """As the denoiser takes them, where that is not as the VAE does."""
         return latents
@@ -175,6 +193,10 @@ class AdaptedPolicy(Policy):
         return super().train(False)
 
     def reference(self) -> AbstractContextManager[None]:
+        """The model without its adapter, or with the one that it began with."""
+        return self.base() if self.start is None else self.start.on(self.adapter.denoiser)
+
+    def base(self) -> AbstractContextManager[None]:
         """The model without its adapter."""
         return self.adapter.off()
 
@@ -191,5 +213,5 @@ class AdaptedPolicy(Policy):
         self.adapter.save(directory)
 
     def load_adapter(self, directory: Path) -> None:
-        """Reads what `save_adapter` wrote; see `Adapter.load` for what it refuses."""
+        """Reads what `save_adapter` wrote, or another program; see `Adapter.load` for what it refuses."""
         self.adapter.load(directory)

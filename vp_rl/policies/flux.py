@@ -13,6 +13,7 @@ from vp_rl.policies.economy import DEFAULT, Economy
 from vp_rl.policies.guidance import Distilled
 from vp_rl.policies.pipelines import Source, latent_size, load_pipeline
 from vp_rl.policies.settings import check
+from vp_rl.policies.start import Reference, Start
 from vp_rl.policies.text import tokenize
 from vp_rl.processes.flow import Flow
 from vp_rl.types import Conditioning
@@ -32,6 +33,8 @@ class Flux(AdaptedPolicy):
         resolution: image height and width in pixels.
         gradient_checkpointing: trades about 30% more time for activations' memory.
         economy: other ways of saving memory, and time.
+        start: file or folder of an adapter to begin with; None: it begins as none.
+        reference: what KL and DPO are measured from: `base`, the model without an adapter, or `start`.
         revision, variant: of a hub repository's files.
     """
 
@@ -47,6 +50,8 @@ class Flux(AdaptedPolicy):
         resolution: Count = 1024,
         gradient_checkpointing: bool = False,
         economy: Economy = DEFAULT,
+        start: Text | None = None,
+        reference: Reference = "base",
         revision: Text | None = None,
         variant: Text | None = None,
     ) -> None:
@@ -54,7 +59,7 @@ class Flux(AdaptedPolicy):
         check(gradient_checkpointing=gradient_checkpointing, revision=revision, variant=variant)
         source = Source(path, dtype, revision, variant, economy.quantize)
         pipeline = load_pipeline(source, FluxPipeline, "FLUX.1 dev and schnell")
-        super().__init__(pipeline, "transformer", lora, economy, gradient_checkpointing)
+        super().__init__(pipeline, "transformer", lora, economy, gradient_checkpointing, Start(start, reference))
         config, self._t5_tokens = pipeline.transformer.config, t5_tokens
         self._side = latent_size(resolution, resolution, 2 * pipeline.vae_scale_factor)
         self.latent_shape = (config.in_channels // 4, 2 * self._side, 2 * self._side)

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_unet_state_dict_to_peft
 from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -162,31 +161,20 @@ class Adapter:
         layers = self.denoiser.named_modules()
         return {name: float(layer.scaling["default"]) for name, layer in layers if isinstance(layer, LoraLayer)}
 
-    def load(self, directory: Path) -> None:
+    def load(self, path: Path) -> None:
         """Reads what `save` wrote, and what others did: it counts as much as it did there, whatever alpha is here.
 
+        Args:
+            path: a file, or its folder: see `lora_file.find`.
+
         Raises:
-            FileNotFoundError: there is no adapter in the folder.
-            ValueError: the folder's adapter is for another model, or has other layers or another rank.
+            FileNotFoundError: there is no adapter.
+            ValueError: it is for another model, or has other layers or another rank; or its format is unknown.
         """
-        if not (directory / lora_file.FILE).is_file():
-            raise FileNotFoundError(f"There is no {lora_file.FILE} in '{directory}'; runs write theirs to adapter/.")
-        shown = f"The adapter in {directory}"
-        state, *alphas, settings = self._pipeline.lora_state_dict(
-            directory, weight_name=lora_file.FILE, use_safetensors=True, return_lora_metadata=True
-        )
-        prefix = f"{self._component}."
-        if not any(key.startswith(prefix) for key in state) or any(alphas):
-            raise ValueError(
-                f"{shown} adapts {min(state).partition('.')[0]!r} and not this policy's {_NAMES[self._component]}: "
-                "it belongs to a model of another family, or is in another program's format."
-            )
-        state = {key.removeprefix(prefix): tensor for key, tensor in state.items()}
-        if self._component == "unet":
-            state = convert_unet_state_dict_to_peft(state)  # of older diffusers
-        self._check_layers(state, shown)
-        written = lora_file.scales(state, {key.removeprefix(prefix): each for key, each in (settings or {}).items()})
-        by = {layer: written[layer] / own for layer, own in self._scales().items()}
+        file = lora_file.find(path)
+        state = lora_file.read(file, self._pipeline, self._component, self.denoiser.config)
+        self._check_layers(state, f"The adapter in {path}")
+        by = {layer: 1 / own for layer, own in self._scales().items()}
         set_peft_model_state_dict(self.denoiser, lora_file.scaled(state, by))
 
     def _check_layers(self, state: Mapping[str, Tensor], shown: str) -> None:
@@ -196,7 +184,7 @@ class Adapter:
         }
         if not wrong:
             return
-        layers = {name for name, _ in self.denoiser.named_modules()}
+        layers = lora_settings.layers_of(self.denoiser)
         foreign = {key for key in state if key.partition(".lora_")[0] not in layers} | {
             key for key in state.keys() & expected.keys() if _widths(key, state) != _widths(key, expected)
         }
@@ -207,10 +195,16 @@ class Adapter:
             what = f"its rank is {', '.join(map(str, ranks))}, and policy.lora.r={', '.join(map(str, own))}"
         else:
             what = f"{len(wrong)} tensors differ, {min(wrong)!r} first"
-        raise ValueError(
-            f"{shown} does not fit this policy's LoRA settings: {what}. "
-            "Use the same policy and policy.lora as in the run that made it."
-        )
+        way = "Use the same policy and policy.lora as in the run that made it."
+        if not foreign and ranks:
+            way = f"It is of policy.lora.r={ranks[-1]} policy.lora.target_modules=[{self._targets(state)}]"
+            way += " policy.lora.use_dora=true" if any("magnitude" in key for key in state) else ""
+            way += f", and policy.lora.rank_pattern for the layers of {ranks[:-1]}." if ranks[1:] else "."
+        raise ValueError(f"{shown} does not fit this policy's LoRA settings: {what}. {way}")
+
+    def _targets(self, state: Mapping[str, Tensor]) -> str:
+        """What `target_modules` must be for the layers of a file to be adapted, and no others."""
+        return ",".join(lora_settings.targets({lora_file.layer_of(key) for key in state}, self.denoiser))
 
 
 def _special(layer: LoraLayer) -> bool:

@@ -1,5 +1,6 @@
 """Which LoRA settings a policy can have: those that its adapter can be taken away with, in every format."""
 
+from collections.abc import Collection
 from dataclasses import fields
 from typing import Any
 
@@ -59,13 +60,29 @@ def _check_targets(targets: Any, denoiser: nn.Module, name: str) -> None:
         raise ValueError(f"policy.lora.target_modules=None: say which layers of the {name} to adapt, such as to_q.")
     if not isinstance(targets, set):  # a regular expression, or all of a kind
         return
-    layers = {path for path, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
+    layers = layers_of(denoiser)
     for target in sorted(map(str, targets)):
         if not any(path == target or path.endswith(f".{target}") for path in layers):
             raise ValueError(
                 f"The LoRA settings do not fit this {name}: policy.lora.target_modules has {target!r}, "
                 f"which no layer is called; some are {', '.join(_common(layers))}."
             )
+
+
+def layers_of(denoiser: nn.Module) -> set[str]:
+    """The names of what can be adapted, whether it is or not."""
+    found = (path for path, module in denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d))
+    return {path.removesuffix(".base_layer") for path in found if ".lora_" not in path}
+
+
+def targets(wanted: Collection[str], denoiser: nn.Module) -> list[str]:
+    """The shortest ends of names by which these layers, and no others, are chosen."""
+    others, found = layers_of(denoiser) - set(wanted), set()
+    for layer in wanted:
+        parts = layer.split(".")
+        ends = (".".join(parts[-count:]) for count in range(1, len(parts) + 1))
+        found.add(next(end for end in ends if not any(f".{other}".endswith(f".{end}") for other in others)))
+    return sorted(found)
 
 
 def _common(layers: set[str]) -> list[str]:

@@ -10,6 +10,7 @@ from vp_rl.policies.economy import DEFAULT, Economy
 from vp_rl.policies.guidance import embedded, of_unet
 from vp_rl.policies.pipelines import Source, latent_size, load_pipeline, native_size
 from vp_rl.policies.settings import check
+from vp_rl.policies.start import Reference, Start
 from vp_rl.policies.text import attended, tokenize
 from vp_rl.processes.ddim import DDIM
 from vp_rl.types import Conditioning
@@ -28,6 +29,8 @@ class StableDiffusion(AdaptedPolicy):
         negative_prompt: what guidance points away from.
         gradient_checkpointing: trades about 30% more time for activations' memory.
         economy: other ways of saving memory, and time.
+        start: file or folder of an adapter to begin with; None: it begins as none.
+        reference: what KL and DPO are measured from: `base`, the model without an adapter, or `start`.
         revision, variant: of a hub repository's files.
     """
 
@@ -41,6 +44,8 @@ class StableDiffusion(AdaptedPolicy):
         negative_prompt: str = "",
         gradient_checkpointing: bool = False,
         economy: Economy = DEFAULT,
+        start: Text | None = None,
+        reference: Reference = "base",
         revision: Text | None = None,
         variant: Text | None = None,
     ) -> None:
@@ -48,7 +53,7 @@ class StableDiffusion(AdaptedPolicy):
         check(gradient_checkpointing=gradient_checkpointing, revision=revision, variant=variant)
         source, models = Source(path, dtype, revision, variant, economy.quantize), "Stable Diffusion 1.x and 2.x"
         pipeline = load_pipeline(source, StableDiffusionPipeline, models, _UNCHECKED)
-        super().__init__(pipeline, "unet", lora, economy, gradient_checkpointing)
+        super().__init__(pipeline, "unet", lora, economy, gradient_checkpointing, Start(start, reference))
         self.process = DDIM(pipeline.scheduler)
         pixels = pipeline.vae_scale_factor
         size = latent_size(resolution, native_size(pipeline.unet.config.sample_size, pixels), pixels)

@@ -12,6 +12,7 @@ from vp_rl.policies.economy import DEFAULT, Economy
 from vp_rl.policies.guidance import Guidance
 from vp_rl.policies.pipelines import OPTIONAL, Source, latent_size, load_pipeline, native_size
 from vp_rl.policies.settings import check
+from vp_rl.policies.start import Reference, Start
 from vp_rl.policies.text import tokenize
 from vp_rl.processes.flow import Flow
 from vp_rl.types import Conditioning
@@ -31,6 +32,8 @@ class StableDiffusion3(AdaptedPolicy):
         negative_prompt: what guidance points away from.
         gradient_checkpointing: trades about 30% more time for activations' memory.
         economy: other ways of saving memory, and time.
+        start: file or folder of an adapter to begin with; None: it begins as none.
+        reference: what KL and DPO are measured from: `base`, the model without an adapter, or `start`.
         revision, variant: of a hub repository's files.
     """
 
@@ -48,6 +51,8 @@ class StableDiffusion3(AdaptedPolicy):
         negative_prompt: str = "",
         gradient_checkpointing: bool = False,
         economy: Economy = DEFAULT,
+        start: Text | None = None,
+        reference: Reference = "base",
         revision: Text | None = None,
         variant: Text | None = None,
     ) -> None:
@@ -59,7 +64,7 @@ class StableDiffusion3(AdaptedPolicy):
         pipeline = load_pipeline(
             source, StableDiffusion3Pipeline, "Stable Diffusion 3 and 3.5", without, optional=OPTIONAL
         )
-        super().__init__(pipeline, "transformer", lora, economy, gradient_checkpointing)
+        super().__init__(pipeline, "transformer", lora, economy, gradient_checkpointing, Start(start, reference))
         config, pixels = pipeline.transformer.config, pipeline.vae_scale_factor
         patches = latent_size(resolution, native_size(config.sample_size, pixels), config.patch_size * pixels)
         if patches > config.pos_embed_max_size:

@@ -13,6 +13,7 @@ from vp_rl.policies.economy import DEFAULT, Economy
 from vp_rl.policies.guidance import embedded, of_unet
 from vp_rl.policies.pipelines import Source, latent_size, load_pipeline, load_vae, native_size
 from vp_rl.policies.settings import check
+from vp_rl.policies.start import Reference, Start
 from vp_rl.policies.text import tokenize
 from vp_rl.processes.ddim import DDIM
 from vp_rl.types import Conditioning
@@ -36,6 +37,8 @@ class StableDiffusionXL(AdaptedPolicy):
             one does, and from the empty prompt otherwise.
         gradient_checkpointing: trades about 30% more time for activations' memory.
         economy: other ways of saving memory, and time.
+        start: file or folder of an adapter to begin with; None: it begins as none.
+        reference: what KL and DPO are measured from: `base`, the model without an adapter, or `start`.
         revision, variant: of a hub repository's files.
     """
 
@@ -50,6 +53,8 @@ class StableDiffusionXL(AdaptedPolicy):
         negative_prompt: str | None = None,
         gradient_checkpointing: bool = False,
         economy: Economy = DEFAULT,
+        start: Text | None = None,
+        reference: Reference = "base",
         revision: Text | None = None,
         variant: Text | None = None,
     ) -> None:
@@ -62,7 +67,7 @@ class StableDiffusionXL(AdaptedPolicy):
             components["vae"] = load_vae(vae, dtype)
         pipeline = load_pipeline(source, StableDiffusionXLPipeline, "Stable Diffusion XL", components)
         pipeline.vae = _wide_enough(pipeline.vae)
-        super().__init__(pipeline, "unet", lora, economy, gradient_checkpointing)
+        super().__init__(pipeline, "unet", lora, economy, gradient_checkpointing, Start(start, reference))
         self.process = DDIM(pipeline.scheduler)
         pixels = pipeline.vae_scale_factor
         size = latent_size(resolution, native_size(pipeline.unet.config.sample_size, pixels), pixels)

@@ -37,7 +37,7 @@ class TextCache:
     """
 
     def __init__(self, folder: Path, encoders: Sequence[nn.Module | None], recipe: str) -> None:
-        self._folder = folder.expanduser() / _fingerprint(encoders, recipe)
+        self._folder = folder.expanduser() / fingerprint(encoders, recipe, transformers.__version__)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._files: dict[Path, frozenset[str]] = {}
         self._scan()
@@ -130,15 +130,16 @@ def key_of(tokens: Sequence[Int[Tensor, "1 _"]]) -> str:
     return _digest([f"{tuple(part.shape)} {part.flatten().tolist()}" for part in tokens])
 
 
-def _fingerprint(encoders: Sequence[nn.Module | None], recipe: str) -> str:
+def fingerprint(encoders: Sequence[nn.Module | None], recipe: str, library: str) -> str:
     """Of their weights, of their settings but for where they came from, and of the library that runs them."""
-    parts = [recipe, transformers.__version__]
+    parts = [recipe, library]
     with ThreadPoolExecutor() as pool:
         for encoder in encoders:
             if encoder is None:
                 parts.append("none")
                 continue
-            settings = {name: value for name, value in encoder.config.to_dict().items() if name != "_name_or_path"}
+            config = encoder.config if isinstance(encoder.config, Mapping) else encoder.config.to_dict()  # diffusers'
+            settings = {name: value for name, value in config.items() if name != "_name_or_path"}
             parts += [type(encoder).__name__, json.dumps(settings, sort_keys=True, default=str)]
             names, tensors = zip(*sorted(encoder.state_dict().items()), strict=True)
             parts += [*names, *pool.map(_digest_tensor, tensors)]

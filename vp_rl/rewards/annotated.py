@@ -13,8 +13,9 @@ from einops import rearrange
 from PIL import Image
 
 from vp_rl.configuration.kinds import Count
-from vp_rl.interfaces import Annotator, Reward, Unanswered, wait
+from vp_rl.interfaces import Annotator, Reward, Unanswered
 from vp_rl.types import ASPECTS, Aspect, Images, Scores
+from vp_rl.waiting import wait
 
 _ATTEMPTS = 3  # at an answer that can be read
 

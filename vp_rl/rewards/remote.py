@@ -18,9 +18,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from vp_rl.configuration.kinds import Amount, Count, Seconds, Url
-from vp_rl.interfaces import Reward, wait
+from vp_rl.interfaces import Reward
 from vp_rl.secrets import mask, read, register_address
 from vp_rl.types import Images, Scores
+from vp_rl.waiting import wait
 
 log = logging.getLogger(__name__)
 
