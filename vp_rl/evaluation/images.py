@@ -1,6 +1,7 @@
 """Images for held-out prompts with fixed seeds, scored by the reward and rated by the held-out judge."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import NamedTuple, get_args
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from vp_rl.configuration.kinds import Count, Seeds
 from vp_rl.evaluation import looks
 from vp_rl.evaluation.asking import Asked, rate
+from vp_rl.evaluation.curve_settings import CurveSettings
 from vp_rl.evaluation.store import (
     NOTHING,
     Kept,
@@ -143,6 +145,7 @@ class Evaluator:
         batch_size: images made at once; does not change them.
         watch: the split that is looked at while training, so that choosing by it leaves `split` for the end.
         panel: other rewards beside the trained one, by the names they get.
+        curve: over guidance scales, when all is done; None: there is none.
 
     Raises:
         ValueError: there is no image to make.
@@ -159,6 +162,7 @@ class Evaluator:
         batch_size: Count = 64,
         watch: Split = "validation",
         panel: Mapping[str, Reward] | None = None,
+        curve: CurveSettings | None = None,
     ) -> None:
         for name, chosen in (("split", split), ("watch", watch)):
             if chosen not in get_args(Split):
@@ -174,10 +178,22 @@ class Evaluator:
             )
         if panel and "reward" in panel:
             raise ValueError("evaluation.panel.reward would be mixed up with the trained reward: call it otherwise.")
-        self.watch = watch
+        self.watch, self.curve = watch, curve
         self._source = prompts
         self.sampler, self.annotator, self.panel = sampler, annotator, dict(panel or {})
         self._batch_size = batch_size
+
+    def sampling(self, sampler: Sampler, seeds: Sequence[int], panel: Sequence[str] = ()) -> "Evaluator":
+        """The same one with another sampler and other seeds: as far as these are the same, so is the noise.
+
+        Args:
+            sampler, seeds: the others.
+            panel: the rewards beside the trained one that stay.
+        """
+        other = copy(self)
+        other.sampler, other.seeds = sampler, tuple(seeds)
+        other.panel = {name: self.panel[name] for name in panel}
+        return other
 
     @cached_property
     def categories(self) -> dict[str, list[str]]:

@@ -36,6 +36,7 @@ class Flux(AdaptedPolicy):
     """
 
     shifted = True
+    guided = False
 
     def __init__(
         self,
