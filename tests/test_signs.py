@@ -229,9 +229,8 @@ def test_training_stops_when_the_judge_has_not_been_better_for_a_while(tmp_path:
     trainer = exploited(tmp_path, watching(best="mean_rating", patience=2), epochs=20)
     found = summary(tmp_path)
     assert trainer.current_epoch == found["best"]["epoch"] + 2 < 20
-    # The result is the best by the judge, not the last, which is brighter.
-    kept = torch.load(tmp_path / "best" / "shift.pt", weights_only=True)
-    assert torch.equal(kept, torch.load(tmp_path / "adapter" / "shift.pt", weights_only=True))
+    # What is kept is the best by the judge, not the last, which is brighter.
+    kept = torch.load(tmp_path / "below_base" / "shift.pt", weights_only=True)
     last = trainer.lightning_module.policy.shift  # type: ignore[union-attr]
     assert 0 < kept.item() < last.item()
 
@@ -292,8 +291,7 @@ def test_a_resumed_run_has_the_best_adapter_of_before_in_another_folder_too(tmp_
     for part in ("best", "held_out", "history", "signs"):
         assert summary(moved)[part] == summary(whole)[part], part
     assert summary(whole)["best"]["epoch"] <= 2, "what is to be kept is of before"
-    for kept in ("best", "adapter"):
-        assert torch.equal(*(torch.load(run / kept / "shift.pt", weights_only=True) for run in (whole, moved)))
+    assert torch.equal(*(torch.load(run / "below_base" / "shift.pt", weights_only=True) for run in (whole, moved)))
 
 
 def test_a_run_that_had_stopped_early_stays_so_when_it_is_resumed(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def _rows(curve: GuidanceCurve, name: str) -> list[Row]:
     peers = [curve.best[name], *own.values(), *several.values()]
     found = [row(name, curve.best[name], peers, "each at its best")]
     found += [row(name, each, peers, f"both at {scale:g}") for scale, each in own.items()]
-    return found + [row(name, each, peers, f"base's best of {number}") for number, each in several.items()]
+    return found + [row(name, each, peers, f"against best of {number}") for number, each in several.items()]
 
 
 def _plot(curve: GuidanceCurve, name: str) -> str:
@@ -69,7 +69,15 @@ def _plot(curve: GuidanceCurve, name: str) -> str:
         axes.set_xlabel("guidance scale")
         axes.set_xticks(scales, [f"{scale:g}" for scale in scales])
         axes.locator_params(axis="y", nbins=5)
-        axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+        axes.legend(  # above the plot
+            frameon=False,
+            fontsize=9,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=2,
+            borderaxespad=0,
+            handlelength=3,
+        )
         return svg(figure)
 
 
