@@ -100,8 +100,12 @@ def run(config: DictConfig) -> float | None:
         config.trainer, callbacks=_present(config.callbacks), logger=_present(config.logger)
     )
     from vp_rl.callbacks.checkpoint import RunCheckpoints
+    from vp_rl.callbacks.held_out import HeldOutEvaluation
     from vp_rl.callbacks.trackers import tracked
 
+    for watching in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(watching, HeldOutEvaluation):
+            watching.settings = settings
     if isinstance(trainer.checkpoint_callback, RunCheckpoints):
         trainer.checkpoint_callback.settings = settings
     for file in folder.glob("hpc_ckpt_*.ckpt"):  # Lightning's, of a job that was queued again: it would prefer them

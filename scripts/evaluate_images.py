@@ -5,6 +5,7 @@ import re
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,13 @@ from run_settings import command, device_of, find, kept_of, look, names_in, plai
 from tqdm import tqdm
 
 from vp_rl.configuration.own import IMAGES
+from vp_rl.evaluation.asking import Asked
+from vp_rl.evaluation.claims import FIRST
 from vp_rl.evaluation.compare import BASE, OTHER
 from vp_rl.evaluation.conclusion import ALONE, PAIRS, conclude, publish
 from vp_rl.evaluation.distances import Encoder, distances, images_in, sees_whole
 from vp_rl.evaluation.duel import duels
+from vp_rl.evaluation.guidance_curve import GuidanceCurve, Side, guidance_curves, without_curve
 from vp_rl.evaluation.images import Evaluation, Evaluator
 from vp_rl.evaluation.lock import hold
 from vp_rl.evaluation.settings import publishable
@@ -97,9 +101,9 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     policy.load_adapter(adapter)
     evaluator.annotator.check()
     store = Store(None if config.cache is None else Path(config.cache))
-    rewards = {"reward": fingerprint(reward, said(whole.reward))}
-    for name, each in evaluator.panel.items():
-        rewards[name] = fingerprint(each.eval(), said(whole.evaluation.panel[name]))
+    said_of = {"reward": whole.reward, **whole.evaluation.panel}
+    judged = {"reward": reward, **evaluator.panel}
+    rewards = {name: fingerprint(each.eval(), said(said_of[name])) for name, each in judged.items()}
     without, adapted = kept_of(policy, whole.policy, device, store, rewards)
     if other is None:
         rival = BASE
@@ -111,9 +115,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     half = time.monotonic()
     policy.to(device)  # not before the other one has left it
     tuned = _run(evaluator, policy, reward, adapted, "the adapter")
-    if tuned.images.shape != base.images.shape:
-        sizes = " and ".join("{2} x {1}".format(*each.images.shape) for each in (base, tuned))
-        raise ValueError(f"Images of {sizes} pixels are not compared: make them alike, by policy.resolution=...")
+    _check_sizes(base, tuned)
     seconds = {f"{rival.name}'s images": half - started, "the adapter's images": time.monotonic() - half}
     (folder / ".hydra").mkdir(parents=True, exist_ok=True)
     OmegaConf.save(publishable(OmegaConf.to_container(whole)), folder / ".hydra" / "config.yaml")
@@ -127,12 +129,24 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         name = publishable(f"{config.distances.name} ({config.distances.encoder.get('model', 'its own weights')})")
         found["distances"] = distances(encoder, name, base.images, tuned.images, reference, torch.device(device), rival)
     seconds["comparison"] = time.monotonic() - begun
+    begun, curves = time.monotonic(), list[GuidanceCurve]()
+    if other is None:
+        kept: dict[Side, Kept] = {"base": without, "tuned": adapted}
+        curves = _curves(config, evaluator, policy, reward, kept, {"base": base, "tuned": tuned}, asked)
+    seconds |= {"guidance curve's images": time.monotonic() - begun} if curves else {}
     more = {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
-    done = conclude(evaluator, base, tuned, asked=asked, rival=rival, **found)
+    done = conclude(evaluator, base, tuned, asked=asked, rival=rival, curves=curves, **found)
     written = publish(done, folder, evaluator, seconds, more, command=command("images"))
     if config.blind.pairs:
         ask(folder / "blind", base, tuned, config.blind.pairs, list(config.blind.aspects), rival)
     return written
+
+
+def _check_sizes(base: Evaluation, tuned: Evaluation) -> None:
+    """Raises ValueError where they differ."""
+    if tuned.images.shape != base.images.shape:
+        sizes = " and ".join("{2} x {1}".format(*each.images.shape) for each in (base, tuned))
+        raise ValueError(f"Images of {sizes} pixels are not compared: make them alike, by policy.resolution=...")
 
 
 def _of_the_other(
@@ -150,6 +164,33 @@ def _of_the_other(
     return _run(evaluator, policy.to(device), reward, adapted, OTHER.name)
 
 
+def _curves(
+    config: DictConfig,
+    evaluator: Evaluator,
+    policy: Policy,
+    reward: Reward,
+    kept: dict[Side, Kept],
+    known: dict[Side, Evaluation | None],
+    asked: dict[str, Asked],
+) -> list[GuidanceCurve]:
+    """Base and adapter over guidance scales, where that is wanted and the model takes any; counts what is asked."""
+    why_not = without_curve(evaluator, policy)
+    if why_not is not None:
+        log.info(why_not) if why_not else None
+        return []
+
+    def make(side: Side, there: Evaluator, prompts: list[str]) -> Evaluation:
+        with policy.base() if side == "base" else nullcontext():
+            done = _run(there, policy, reward, kept[side], f"guidance {there.sampler.guidance:g}, {side}", prompts)
+        asked[ALONE] = asked[ALONE].plus(done.asked)
+        return done
+
+    _, run = find(Path(config.adapter))
+    metric = OmegaConf.select(run, "callbacks.held_out.best") or FIRST
+    trained = OmegaConf.select(run, "sampler.guidance")
+    return guidance_curves(evaluator, make, known, metric=metric, trained=trained)
+
+
 def complete(config: DictConfig) -> tuple[Path, DictConfig]:
     """The adapter's folder, and the settings: the run's, with what was given over them.
 
@@ -164,6 +205,7 @@ def complete(config: DictConfig) -> tuple[Path, DictConfig]:
         "prompts": whole.prompts,
         "annotator": whole.annotator,
         "sampler": sampler_of(run, config.sampler),
+        "curve": config.curve,
         "panel": config.panel or OmegaConf.select(run, "evaluation.panel") or {},
         "metrics": OmegaConf.select(run, "evaluation.metrics") or {},
     } | {name: config[name] for name in ("split", "limit", "seeds", "batch_size")}
@@ -186,7 +228,10 @@ def _encoder(config: DictConfig, device: str) -> Encoder | None:
     return encoder
 
 
-def _run(evaluator: Evaluator, policy: Policy, reward: Reward, kept: Kept, what: str) -> Evaluation:
-    total, quiet = len(evaluator.prompts) * len(evaluator.seeds), not sys.stderr.isatty()
+def _run(
+    evaluator: Evaluator, policy: Policy, reward: Reward, kept: Kept, what: str, prompts: list[str] | None = None
+) -> Evaluation:
+    chosen = evaluator.prompts if prompts is None else prompts
+    total, quiet = len(chosen) * len(evaluator.seeds), not sys.stderr.isatty()
     with tqdm(total=total, desc=f"images, {what}", unit="img", disable=quiet) as bar:
-        return evaluator.evaluate(policy, reward, on_batch=bar.update, kept=kept)
+        return evaluator.evaluate(policy, reward, chosen, on_batch=bar.update, kept=kept)

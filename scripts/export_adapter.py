@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from vp_rl.configuration.check import check
 from vp_rl.configuration.own import EXPORT
+from vp_rl.evaluation.no_adapter import why_none
 from vp_rl.evaluation.terminal import is_full, quiet_libraries, stop
 from vp_rl.policies import export
 from vp_rl.policies.pipelines import Source
@@ -63,6 +64,8 @@ def write(run: Path, to: str, folder: Path) -> Path:
     config = OmegaConf.load(written)
     if OmegaConf.select(config, "policy.path") is None:
         raise ValueError(f"run='{run}' has no policy, so no adapter.")
+    if (why := why_none(run)) is not None:
+        raise FileNotFoundError(f"run='{run}': {why}")
     policy: Any = OmegaConf.to_container(config.policy, resolve=True)
     facts = describe(config, policy["path"])
     if to == "diffusers":

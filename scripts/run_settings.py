@@ -1,12 +1,11 @@
 """What the commands of evaluate.py have in common: a run's adapter and settings, and errors in one line."""
 
-import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -15,17 +14,11 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vp_rl.configuration.check import check
+from vp_rl.evaluation.no_adapter import why_none
 from vp_rl.evaluation.settings import command as pasted
-from vp_rl.evaluation.store import Kept, Store, fingerprint
+from vp_rl.evaluation.store import TRAINING, Kept, Store, fingerprint, in_words, kept_of_base
 from vp_rl.evaluation.terminal import is_full, stop
 from vp_rl.interfaces import Policy, Unanswered
-
-_TRAINING = (
-    "lora",
-    "gradient_checkpointing",
-    "start",
-    "reference",
-)  # of a policy's settings: what changes nothing in the base's images
 
 
 @contextmanager
@@ -80,6 +73,9 @@ def find(given: Path, key: str = "adapter") -> tuple[Path, Any]:
     Raises:
         FileNotFoundError: there is no adapter.
     """
+    for run in (given, given.parent) if given.name == "adapter" else (given,):
+        if (why := why_none(run)) is not None:
+            raise FileNotFoundError(f"{key}='{given}': {why}")
     adapter = given / "adapter" if (given / "adapter").is_dir() else given
     files = (place / ".hydra" / "config.yaml" for place in (given, given.parent))
     saved = next((file for file in files if file.is_file()), None)
@@ -149,13 +145,12 @@ def kept_of(
         store: of them.
         rewards: see `Kept`.
     """
-    settings = f"{said(node, _TRAINING)} {torch.device(device).type}"
-    frozen = fingerprint(policy, settings, trained=False)
-    base = Kept(store, frozen, frozen, rewards or {})
-    return base, base._replace(policy=fingerprint(policy, settings))
+    kind, settings = torch.device(device).type, cast("dict[str, Any]", OmegaConf.to_container(node, resolve=True))
+    base = kept_of_base(policy, settings, kind, store, rewards)
+    return base, base._replace(policy=fingerprint(policy, f"{said(node, TRAINING)} {kind}"))
 
 
 def said(node: Any, without: Sequence[str] = ()) -> str:
     """A node in words that are the same whenever its settings are, but for some of these."""
     settings: Any = OmegaConf.to_container(node, resolve=True)
-    return json.dumps({name: value for name, value in settings.items() if name not in without}, sort_keys=True)
+    return in_words(settings, without)

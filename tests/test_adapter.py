@@ -180,9 +180,9 @@ def test_held_out_evaluations_see_the_average_and_the_best_one_is_one(best: str 
 
 
 def test_the_best_adapter_takes_the_place_of_the_last_one(tmp_path: Path) -> None:
-    """Downhill, the first evaluation is the best."""
+    """Downhill, the first evaluation is the best; it begins above the base model."""
     module = ReFL(
-        test_evaluation.Bright(),
+        test_evaluation.shifted(0.6),
         test_evaluation.Brightness(),
         test_evaluation.SAMPLER,
         partial(torch.optim.SGD, lr=0.5, maximize=True),
@@ -190,7 +190,7 @@ def test_the_best_adapter_takes_the_place_of_the_last_one(tmp_path: Path) -> Non
     )
     test_callbacks.fit(tmp_path, [RunAdapter(), held_out(every=1, best="reward")], module=module, epochs=2)
     found = torch.load(tmp_path / "adapter" / "shift.pt", weights_only=True).item()
-    assert 0 > found > module.policy.shift.item()
+    assert 0.6 > found > module.policy.shift.item()
 
 
 @pytest.mark.parametrize("ema", [0.0, 1.0, -0.5, 99.0])

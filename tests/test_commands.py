@@ -65,6 +65,7 @@ COMMANDS = commands()
 _RUN = (
     "trainer.max_epochs=1 data.batches_per_epoch=1 data.batch_size=2 sampler.steps=3 callbacks.held_out.small=4"
     " evaluation.limit=4 evaluation.seeds=[0] evaluation.sampler.steps=2"
+    " callbacks.held_out.best=null callbacks.held_out.patience=null"  # or a short run may leave no adapter
 )
 DDPO, REFL = f"{_RUN} algorithm.images_per_prompt=4", _RUN
 VP_SCORE = "trainer.max_epochs=1 prompts.train=16 prompts.validation=8 prompts.test=8 data.builder.images_per_prompt=3"
@@ -82,6 +83,8 @@ SIZES = {
     "seeds",
     "trainer.max_epochs",
     "callbacks.held_out.small",
+    "callbacks.held_out.best",
+    "callbacks.held_out.patience",
     *(f"evaluation.{name}" for name in ("limit", "seeds", "sampler.steps")),
     *(f"prompts.{name}" for name in ("train", "validation", "test")),
 }

@@ -460,17 +460,22 @@ def test_figures_of_the_cost_page_are_the_estimators() -> None:
 
 
 def test_the_judges_calls_on_the_cost_page_are_the_experiments() -> None:
+    from vp_rl.evaluation.curve_settings import CurveSettings
+
     for experiment in ("ddpo_vpscore_sd15", "refl_vpscore_sd15"):
         config = composed(f"experiment={experiment}")
         every, epochs = config.callbacks.held_out.every, config.trainer.max_epochs
         limit, small = config.evaluation.limit, config.callbacks.held_out.small
-        calls = 4 * (2 * limit + small * (1 + -(-epochs // every)))
+        given = {name: value for name, value in config.evaluation.curve.items() if name != "_target_"}
+        curve = CurveSettings(**given).most_images(limit, limit, len(config.evaluation.seeds))
+        calls = 4 * (2 * limit + small * (1 + -(-epochs // every)) + curve)
         row = next(
             line
             for line in (DOCS / "cost.md").read_text().splitlines()
             if line.startswith(f"| `experiment={experiment}")
         )
         assert f"| {limit} | {small} |" in row
+        assert f"| {curve} |" in row
         assert row.endswith(f"= {calls:,} |")
 
 

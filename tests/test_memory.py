@@ -190,6 +190,7 @@ def test_all_that_is_frozen_is_counted_once_and_refl_has_the_reward_in_its_train
 def test_every_methods_training_is_estimated_as_it_is_allocated(name: str) -> None:
     made, rows = METHODS[name](), 4 if name in ("branch_ddpo", "dpo") else 16  # prompts, with all their images
     estimated = Estimator(made, ADAM).of("training", rows)
+    assert estimated is not None
     with real(made, torch.device("cpu")) as work:
         gradients = allocated(lambda: work.do(work.phase("training", rows), rows)) - estimated
     expected = size_of(p for p in made.policy.parameters() if p.requires_grad)
@@ -199,7 +200,9 @@ def test_every_methods_training_is_estimated_as_it_is_allocated(name: str) -> No
 @pytest.mark.slow
 def test_checkpointed_steps_need_no_more_memory_for_their_number() -> None:
     def needed(name: str, **settings: Any) -> int:
-        return Estimator(METHODS[name](**settings), ADAM).of("training", 8)
+        size = Estimator(METHODS[name](**settings), ADAM).of("training", 8)
+        assert size is not None
+        return size
 
     for name, number in (("draft", "last_steps"), ("flow_bp", "active_steps")):
         few, many = (needed(name, **{number: steps}) for steps in (1, 4))

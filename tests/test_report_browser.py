@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 from test_evaluation import SAMPLER, made_up
+from test_guidance_curve import DOWN, EVEN, UP
+from test_guidance_curve import made_up as curve
 from test_report import curves, run_folder
 from test_sweep import finished, samples
 
@@ -67,6 +69,7 @@ def report(tmp_path: Path) -> Path:
         note="z" * 200,
         signs=signs,
         distances=Distances("e" * 100, 768, 20, 20, kinds, kinds, "f" * 200),
+        curves=[curve(UP, _1=UP, _1_5=EVEN, _2=EVEN, _7_5=DOWN)],
         asked={"images by themselves": Asked(10**7, 10**7, Usage(10**10, 10**9, 12345.0))},
     )
 

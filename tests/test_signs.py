@@ -15,8 +15,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from test_callbacks import fit, metrics, summary
 from test_evaluation import SAMPLER, Bright, Brightness, BrightnessJudge, Prompts, evaluator, made_up
 
+from scripts.export_adapter import write as export
+from scripts.run_settings import find
 from vp_rl.algorithms.refl import ReFL
 from vp_rl.annotators.answers import write_ratings
+from vp_rl.callbacks.adapter import RunAdapter
 from vp_rl.callbacks.best import BestAdapter
 from vp_rl.callbacks.held_out import HeldOutEvaluation
 from vp_rl.evaluation.claims import decide
@@ -226,27 +229,56 @@ def test_training_stops_when_the_judge_has_not_been_better_for_a_while(tmp_path:
     trainer = exploited(tmp_path, watching(best="mean_rating", patience=2), epochs=20)
     found = summary(tmp_path)
     assert trainer.current_epoch == found["best"]["epoch"] + 2 < 20
-    # The result is the best by the judge, not the last, which is brighter.
-    kept = torch.load(tmp_path / "best" / "shift.pt", weights_only=True)
-    assert torch.equal(kept, torch.load(tmp_path / "adapter" / "shift.pt", weights_only=True))
+    # What is kept is the best by the judge, not the last, which is brighter.
+    kept = torch.load(tmp_path / "below_base" / "shift.pt", weights_only=True)
     last = trainer.lightning_module.policy.shift  # type: ignore[union-attr]
     assert 0 < kept.item() < last.item()
 
 
-def test_where_no_epoch_beats_the_base_its_best_is_kept_and_everybody_is_told(
+def test_where_no_epoch_beats_the_base_there_is_no_adapter_and_everybody_is_told(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    exploited(tmp_path, watching(best="mean_rating"), epochs=2)
+    exploited(tmp_path, RunAdapter(), watching(best="mean_rating"), epochs=2)
     best, said = summary(tmp_path)["best"], "On validation no epoch beats the base model by mean of the four"
     first, *others = (row["mean_rating"]["mean"] for row in summary(tmp_path)["history"])
     assert best["base"] == pytest.approx(first)
     assert best["base"] > best["value"] == pytest.approx(max(others))
-    assert (tmp_path / "adapter" / "shift.pt").is_file()
+    assert best["beats_base"] is False
+    assert not (tmp_path / "adapter").exists()
+    assert not (tmp_path / "best").exists()
+    assert (tmp_path / "below_base" / "shift.pt").is_file()
     printed = capsys.readouterr().out
     assert said in printed
     last = printed.strip().splitlines()[-1]
-    assert last.startswith(f"Adapter: {tmp_path / 'adapter'} (epoch {best['epoch']} of 2, the best trained one")
-    assert said in (tmp_path / "report.html").read_text()
+    assert last.startswith("Adapter: none, since on validation no epoch beats the base model")
+    assert last.endswith(f"The best trained one: {tmp_path / 'below_base'}")
+    page = (tmp_path / "report.html").read_text()
+    assert said in page
+    assert "load_lora_weights(&#34;below_base&#34;)" in page
+    assert "hf upload" not in page
+    why = (
+        f"no epoch beats the base model .{best['value']:.2f} at best, base {best['base']:.2f}, by mean_rating.* rename"
+    )
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text("policy: {path: tiny-sd}")
+    for given in (tmp_path, tmp_path / "adapter"):
+        with pytest.raises(FileNotFoundError, match=why):
+            find(given)
+    with pytest.raises(FileNotFoundError, match=why):
+        export(tmp_path, "kohya", tmp_path / "exported")
+    assert find(tmp_path / "below_base")[0] == tmp_path / "below_base"
+    (tmp_path / "below_base").rename(tmp_path / "adapter")
+    assert find(tmp_path)[0] == tmp_path / "adapter"
+
+
+def test_the_best_is_called_so_once_it_beats_the_base(tmp_path: Path) -> None:
+    best, policy = BestAdapter("reward", patience=None), Bright()
+    best.base = 0.5
+    for epoch, (value, name) in enumerate([(0.4, "below_base"), (0.5, "below_base"), (0.6, "best")], 1):
+        assert best.see(value, epoch, policy)
+        best.save(tmp_path, policy)
+        assert [folder.name for folder in tmp_path.iterdir()] == [name]
+        assert best.beats_base == (name == "best")
 
 
 def test_a_resumed_run_has_the_best_adapter_of_before_in_another_folder_too(tmp_path: Path) -> None:
@@ -259,8 +291,7 @@ def test_a_resumed_run_has_the_best_adapter_of_before_in_another_folder_too(tmp_
     for part in ("best", "held_out", "history", "signs"):
         assert summary(moved)[part] == summary(whole)[part], part
     assert summary(whole)["best"]["epoch"] <= 2, "what is to be kept is of before"
-    for kept in ("best", "adapter"):
-        assert torch.equal(*(torch.load(run / kept / "shift.pt", weights_only=True) for run in (whole, moved)))
+    assert torch.equal(*(torch.load(run / "below_base" / "shift.pt", weights_only=True) for run in (whole, moved)))
 
 
 def test_a_run_that_had_stopped_early_stays_so_when_it_is_resumed(tmp_path: Path) -> None:

@@ -92,6 +92,19 @@ def test_the_page_shows_the_last_images_of_each_run_and_the_base_once(tmp_path: 
     words = re.sub(r"\s+", " ", " ".join(page.words))
     assert "+0.30" in words
     assert words.count("best rating") == 1
+    assert "no adapter" not in words
+
+
+def test_a_run_that_left_no_adapter_is_not_the_best_of_a_sweep(tmp_path: Path) -> None:
+    for number in range(2):
+        finished(tmp_path, str(number), f"optimizer.lr={number}", number / 10)
+    file = tmp_path / "1" / "summary.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"best": {"beats_base": False}}))
+    write_table(tmp_path)
+    rows = (tmp_path / "results.html").read_text(encoding="utf-8").split("<tbody>")[1].split("<tr>")[1:]
+    assert "best rating" in rows[0]
+    assert "no adapter" in rows[1]
+    assert "best rating" not in rows[1]
 
 
 def test_the_page_is_safe_to_pass_on_and_asks_the_network_for_nothing(tmp_path: Path) -> None:

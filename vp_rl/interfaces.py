@@ -114,6 +114,8 @@ class Policy(nn.Module, ABC):
     """A frozen text-to-image model with a trainable adapter. Only the adapter's parameters require gradients."""
 
     process: Process
+    guided: bool = True
+    """Whether it takes a scale of classifier-free guidance; models that were distilled to do without do not."""
 
     @abstractmethod
     def encode(self, prompts: list[str]) -> Conditioning:

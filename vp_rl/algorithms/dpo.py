@@ -29,7 +29,7 @@ from vp_rl.configuration import kinds
 from vp_rl.files.paths import user_path
 from vp_rl.functional import diffusion_dpo_loss, loser_bound, mean_square, seed_of
 from vp_rl.interfaces import Policy
-from vp_rl.types import Conditioning, Latents, PreferenceBatch, take
+from vp_rl.types import Conditioning, Images, Latents, PreferenceBatch, take
 
 log = logging.getLogger(__name__)
 

@@ -1,19 +1,21 @@
 """The adapter of the best evaluation so far, and when to give up waiting for a better one."""
 
+import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from vp_rl.evaluation.no_adapter import BELOW
 from vp_rl.interfaces import Policy
 
 
 class BestAdapter:
     """Kept in memory and in checkpoints, so that a resumed run has it too, whatever folder it goes on in.
 
-    The base model competes (`base`), but a run leaves an adapter: where no epoch beats the base, the best trained one
-    is kept all the same, and whoever reports on it says so.
+    The base model competes (`base`): where no epoch beats it, the run's result is the base model, and the best trained
+    adapter is kept under another name, to be looked at.
 
     Args:
         metric: of the evaluations while training; higher is better.
@@ -37,6 +39,11 @@ class BestAdapter:
         return True
 
     @property
+    def beats_base(self) -> bool:
+        """Whether any epoch does; on the main process."""
+        return self.epoch > 0 and not self.value <= self.base  # a base that has no number is beaten
+
+    @property
     def exhausted(self) -> bool:
         """Whether `patience` is."""
         return self._patience is not None and self._waited >= self._patience
@@ -45,11 +52,13 @@ class BestAdapter:
         """Inside it the policy has the best adapter, if there has been an evaluation; afterwards its own again."""
         return policy.using(self._weights)
 
-    def save(self, folder: Path, policy: Policy) -> None:
-        """Writes the adapter to a folder in the policy's own format."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def save(self, run: Path, policy: Policy) -> None:
+        """Writes the adapter into a run's folder in the policy's own format: to `best/` or, below the base, `BELOW`."""
+        name, other = ("best", BELOW) if self.beats_base else (BELOW, "best")
+        shutil.rmtree(run / other, ignore_errors=True)
+        (run / name).mkdir(parents=True, exist_ok=True)
         with self.on(policy):
-            policy.save_adapter(folder)
+            policy.save_adapter(run / name)
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""

@@ -1,10 +1,11 @@
 """Watches a run from outside: held-out prompts and a judge that the run is not trained against."""
 
-import json
 import logging
 import re
+import shutil
 import sys
 import time
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -12,52 +13,57 @@ from typing import Any
 import lightning
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
-from torch import distributed
 from tqdm import tqdm
 
 from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.callbacks.best import BestAdapter
-from vp_rl.callbacks.trackers import send_images
+from vp_rl.callbacks.held_out_images import gather, kept_images, show
 from vp_rl.configuration.kinds import Count, Text
 from vp_rl.evaluation.asking import Asked
+from vp_rl.evaluation.claims import FIRST
 from vp_rl.evaluation.conclusion import ALONE, conclude, publish
-from vp_rl.evaluation.grid import grid
-from vp_rl.evaluation.images import Evaluation, Evaluator, Pixels, interleave
+from vp_rl.evaluation.guidance_curve import GuidanceCurve, Side, guidance_curves, without_curve
+from vp_rl.evaluation.images import Evaluation, Evaluator
+from vp_rl.evaluation.no_adapter import BELOW
 from vp_rl.evaluation.signs import Moment, Sign, moment, signs
 from vp_rl.evaluation.store import NOTHING, Kept, Store
 from vp_rl.evaluation.verdict import Chosen
 from vp_rl.files.paths import user_path
+from vp_rl.interfaces import Policy
 from vp_rl.types import Usage
 
 log = logging.getLogger(__name__)
-
-_COLUMNS = 16  # images in a row of the sample grids
 
 
 class HeldOutEvaluation(lightning.Callback):
     """Evaluates the base model once, the policy now and then, and compares the two when training ends.
 
     While training it looks at prompts of `evaluation.watch`, at the end at those of `evaluation.split`: what is chosen
-    by the first has not seen the second. Logs `held_out/*` and, at the end, the changes as `final/*`; says in words
-    what looks like an exploited reward. Writes `samples/`, `best/`, and at the end `adapter/`, `summary.json` and
-    `report.html`, to the run's folder. All processes make images, the main one scores and rates them. The policy must
-    be whole in each (one device or DDP, not FSDP).
+    by the first has not seen the second. Then it draws `evaluation.curve`, if that is wanted. Logs `held_out/*` and, at
+    the end, the changes as `final/*`; says in words what looks like an exploited reward. Writes `samples/`, `best/`,
+    and at the end `adapter/`, `summary.json` and `report.html`, to the run's folder. All processes make images, the
+    main one scores and rates them. The policy must be whole in each (one device or DDP, not FSDP).
 
     Args:
         evaluator: makes and judges the images.
         every: epochs between evaluations while training; the last epoch has one too.
         small: prompts of those evaluations and of the sample grids.
         note: what readers of the report must know about the data.
-        best: the held-out metric by which the best adapter is kept in `best/`, and becomes the run's result, the base
-            model being shown beside it: where no epoch beats that, the result is the best trained one, and terminal and
-            report say so. None: the result is the last one.
+        best: the held-out metric by which the best adapter is kept in `best/`, and becomes the run's result. The base
+            model competes: where no epoch beats it there is no `adapter/`, terminal and report say so, and the best
+            trained one is in `below_base/`. None: the result is the last one.
         patience: evaluations without a better one after which training stops. None: it goes on to its end.
         judged: a file for what the judge answers, which is not asked again about the same images: by this run when it
             is resumed, nor by others with the same file. None: nothing is kept.
+        cache: a file for the base model's images, scores and ratings, which other runs of that model need not make
+            again. Whoever starts the run tells its `settings`, by which the model is known. None: nothing is kept.
 
     Raises:
         ValueError: a setting makes no sense.
     """
+
+    settings: Mapping[str, Any] = {}
+    """Of the run, by node."""
 
     def __init__(
         self,
@@ -68,6 +74,7 @@ class HeldOutEvaluation(lightning.Callback):
         best: Text | None = None,
         patience: Count | None = None,
         judged: Text | None = None,
+        cache: Text | None = None,
     ) -> None:
         if every < 1 or small < 1:
             raise ValueError(f"callbacks.held_out.every={every} and small={small} must be at least 1.")
@@ -90,6 +97,7 @@ class HeldOutEvaluation(lightning.Callback):
             )
         self._best = None if best is None else BestAdapter(best, patience)
         self._judged, self._kept = judged, NOTHING  # opened on the main process
+        self._cache, self._of_base = cache, NOTHING  # opened on all
         self._base: Evaluation | None = None  # of the final prompts; None on all but the main process
         self._small: Evaluation | None = None  # of the watched ones
         self._history: list[Moment] = []
@@ -111,6 +119,11 @@ class HeldOutEvaluation(lightning.Callback):
                 "callbacks.held_out=null (adapter/ then has the last adapter), or use trainer=ddp or deepspeed."
             )
 
+        if self._cache is not None and self._of_base is NOTHING and isinstance(module, PolicyTraining):
+            try:
+                self._of_base = kept_images(user_path(self._cache), trainer, module, self._evaluator, self.settings)
+            except OSError as error:
+                raise ValueError(f"callbacks.held_out.cache: {error} With null nothing is kept.") from error
         if self._judged is not None and self._kept is NOTHING and trainer.is_global_zero:
             try:
                 self._kept = Kept(Store(user_path(self._judged)))
@@ -118,10 +131,11 @@ class HeldOutEvaluation(lightning.Callback):
                 raise ValueError(f"callbacks.held_out.judged: {error} With null no answers are kept.") from error
 
     def teardown(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
-        """Lets go of the file."""
-        if self._kept is not NOTHING:
-            self._kept.store.close()
-            self._kept = NOTHING
+        """Lets go of the files."""
+        for kept in (self._kept, self._of_base):
+            if kept is not NOTHING:
+                kept.store.close()
+        self._kept = self._of_base = NOTHING
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         """The base model's images: the adapter is off, so a resumed run gets the same ones.
@@ -132,9 +146,8 @@ class HeldOutEvaluation(lightning.Callback):
         assert isinstance(module, PolicyTraining)
         self._evaluator.annotator.check()
         log.info("evaluating the base model on %d held-out prompts", len(self._evaluator.prompts))
-        with module.policy.base():
-            self._base = self._evaluate(trainer, module, self._evaluator.prompts, "base model")
-            self._small = self._evaluate(trainer, module, self._watched, "base model")
+        self._base = self._evaluate(trainer, module, self._evaluator.prompts, "base model", "base")
+        self._small = self._evaluate(trainer, module, self._watched, "base model", "base")
         if self._base is not None and self._small is not None:
             log.info("base: %s", "  ".join(f"{name} {value:.3f}" for name, value in self._base.means().items()))
             base = moment(0, self._small)
@@ -148,7 +161,7 @@ class HeldOutEvaluation(lightning.Callback):
             if self._best is not None:
                 self._best.base = self._small.means().get(self._best.metric, float("nan"))
             if self._best is not None and self._best.epoch:  # the run may go on in another folder
-                self._best.save(Path(trainer.default_root_dir) / "best", module.policy)
+                self._best.save(Path(trainer.default_root_dir), module.policy)
         names = trainer.strategy.broadcast([] if self._small is None else list(self._small.metrics()))
         if self._best is not None and self._best.metric not in names:
             raise ValueError(f"callbacks.held_out.best={self._best.metric!r} is none of {', '.join(names)}.")
@@ -173,14 +186,14 @@ class HeldOutEvaluation(lightning.Callback):
             means["signs"] = float(sum(sign.severity == "warning" for sign in found))
             # Through the module, so that a ModelCheckpoint can monitor these: held_out/reward.
             module.log_dict({f"held_out/{name}": mean for name, mean in means.items()}, rank_zero_only=True)
-            self._show(trainer, now, done)
+            show(trainer, self._small, now, done)
         if self._best is None:
             trainer.strategy.barrier()
             return
         with module.averaged():
             better = self._best.see(trainer.strategy.broadcast(value), done, module.policy)
         if better and trainer.is_global_zero:
-            self._best.save(Path(trainer.default_root_dir) / "best", module.policy)
+            self._best.save(Path(trainer.default_root_dir), module.policy)
         if self._best.exhausted and not last:
             log.info("stopping after epoch %d: the best by %s is epoch %d", done, self._best.metric, self._best.epoch)
             trainer.should_stop = True
@@ -190,18 +203,52 @@ class HeldOutEvaluation(lightning.Callback):
         assert isinstance(module, PolicyTraining)
         seconds, folder = self._elapsed(), Path(trainer.default_root_dir)
         with module.averaged(), nullcontext() if self._best is None else self._best.on(module.policy):
-            if trainer.is_global_zero:
-                (folder / "adapter").mkdir(parents=True, exist_ok=True)
-                module.policy.save_adapter(folder / "adapter")  # first: it survives whatever goes wrong below
+            if trainer.is_global_zero:  # first: it survives whatever goes wrong below
+                self._leave(folder / "adapter", module.policy)
             tuned = self._evaluate(trainer, module, self._evaluator.prompts, "trained model")
+            curves = self._curves(trainer, module, tuned)
         if tuned is not None:
-            self._conclude(trainer, module, tuned, seconds)
+            self._conclude(trainer, module, tuned, curves, seconds)
 
-    def _conclude(self, trainer: lightning.Trainer, module: PolicyTraining, tuned: Evaluation, seconds: float) -> None:
+    def _leave(self, adapter: Path, policy: Policy) -> None:
+        """The run's result; no adapter where the base model is better."""
+        if self._best is not None and self._best.epoch and not self._best.beats_base:
+            shutil.rmtree(adapter, ignore_errors=True)
+            return
+        adapter.mkdir(parents=True, exist_ok=True)
+        policy.save_adapter(adapter)
+
+    def _curves(
+        self, trainer: lightning.Trainer, module: PolicyTraining, tuned: Evaluation | None
+    ) -> list[GuidanceCurve]:
+        """Over guidance scales; on the main process."""
+        why_not = without_curve(self._evaluator, module.policy)
+        if why_not is not None:
+            log.info(why_not) if why_not else None
+            return []
+
+        def make(side: Side, evaluator: Evaluator, prompts: list[str]) -> Evaluation | None:
+            return self._evaluate(trainer, module, prompts, "guidance curve", side, evaluator)
+
+        trained = getattr(getattr(module, "sampler", None), "guidance", None)
+        metric = FIRST if self._best is None else self._best.metric
+        known: dict[Side, Evaluation | None] = {"base": self._base, "tuned": tuned}
+        agree = trainer.strategy.broadcast
+        return guidance_curves(self._evaluator, make, known, metric=metric, trained=trained, agree=agree)
+
+    def _conclude(
+        self,
+        trainer: lightning.Trainer,
+        module: PolicyTraining,
+        tuned: Evaluation,
+        curves: list[GuidanceCurve],
+        seconds: float,
+    ) -> None:
         assert self._base is not None, "evaluated when training started"
-        folder = Path(trainer.default_root_dir)
-        done = conclude(self._evaluator, self._base, tuned, self._history, _name(module), asked={ALONE: self._asked})
+        folder, asked = Path(trainer.default_root_dir), {ALONE: self._asked}
+        done = conclude(self._evaluator, self._base, tuned, self._history, _name(module), asked=asked, curves=curves)
         final = {name: change.difference for name, change in done.compared.changes.items()}
+        final |= curves[0].logged() if curves else {}
         _log(trainer, "final", final)
         # For whoever started the run, as a sweep does: logging through the module is over by now.
         trainer.callback_metrics.update({f"final/{name}": torch.tensor(value) for name, value in final.items()})
@@ -209,10 +256,14 @@ class HeldOutEvaluation(lightning.Callback):
         chosen, best = None, self._best
         if best is not None and best.epoch:
             chosen = Chosen(best.metric, best.epoch, trainer.current_epoch, best.value, best.base)
-            more["best"] = {"metric": best.metric, "epoch": best.epoch, "value": best.value, "base": best.base}
+            told = {"metric": best.metric, "epoch": best.epoch, "value": best.value, "base": best.base}
+            more["best"] = told | {"beats_base": chosen.beats_base}
         seconds_by_part = {"training": seconds, **self._parts}
         publish(done, folder, self._evaluator, seconds_by_part, more, note=self._note, chosen=chosen)
-        print(f"Adapter: {folder / 'adapter'}{'' if chosen is None else f' ({chosen.words})'}")
+        if chosen is not None and not chosen.beats_base:
+            print(f"Adapter: {chosen.words}. The best trained one: {folder / BELOW}")
+        else:
+            print(f"Adapter: {folder / 'adapter'}{'' if chosen is None else f' ({chosen.words})'}")
 
     def state_dict(self) -> dict[str, Any]:
         """The wall time so far, so that a resumed run reports all of it; the evaluations, and the best adapter."""
@@ -236,21 +287,31 @@ class HeldOutEvaluation(lightning.Callback):
         return self._seconds + time.monotonic() - self._started
 
     def _evaluate(
-        self, trainer: lightning.Trainer, module: PolicyTraining, prompts: list[str], what: str
+        self,
+        trainer: lightning.Trainer,
+        module: PolicyTraining,
+        prompts: list[str],
+        what: str,
+        side: Side = "tuned",
+        evaluator: Evaluator | None = None,
     ) -> Evaluation | None:
         """On the main process; None on the others, which have made their share of the images."""
+        evaluator = evaluator or self._evaluator
         started, rank, ranks = time.monotonic(), trainer.global_rank, trainer.world_size
-        quiet, total = not sys.stderr.isatty(), len(prompts[rank::ranks]) * len(self._evaluator.seeds)
+        quiet, total = not sys.stderr.isatty(), len(prompts[rank::ranks]) * len(evaluator.seeds)
+        images = self._of_base if side == "base" else NOTHING
         with (
+            module.policy.base() if side == "base" else nullcontext(),
             trainer.precision_plugin.forward_context(),
             tqdm(total=total, desc=f"held-out images, {what}", unit="img", leave=False, disable=quiet) as bar,
         ):
             share = (rank, ranks)
-            made = self._evaluator.make(module.policy, prompts, bar.update, share=share) if total else None
-            pixels = _gather(made, len(self._evaluator.seeds), ranks)
+            made = evaluator.make(module.policy, prompts, bar.update, share=share, kept=images) if total else None
+            pixels = gather(made, len(evaluator.seeds), ranks)
             if pixels is None or not trainer.is_global_zero:
                 return None
-            evaluation = self._evaluator.judge(pixels, module.reward, prompts, module.device, self._kept)
+            kept = self._kept if images is NOTHING else images
+            evaluation = evaluator.judge(pixels, module.reward, prompts, module.device, kept)
             self._asked = self._asked.plus(evaluation.asked)
         if not what.startswith("epoch"):  # those count as training
             part = f"{what}'s images"
@@ -265,26 +326,6 @@ class HeldOutEvaluation(lightning.Callback):
                 self._said.add(kind)
                 log.warning("%s (epoch %d)", sign.words, self._history[-1].epoch)
         return found
-
-    def _show(self, trainer: lightning.Trainer, now: Evaluation, epoch: int) -> None:
-        """The policy's images after `epoch` epochs below the base's, as a file and to the trackers."""
-        assert self._small is not None, "evaluated when training started"
-        folder = Path(trainer.default_root_dir) / "samples"
-        folder.mkdir(parents=True, exist_ok=True)
-        columns = now.of_first_seed()[:_COLUMNS]
-        grid([self._small.images[columns], now.images[columns]]).save(folder / f"epoch_{epoch:04d}.png")
-        (folder / "prompts.json").write_text(json.dumps([now.prompts[column] for column in columns]))
-        send_images(trainer.loggers, self._small, now, trainer.global_step)
-
-
-def _gather(made: Pixels | None, each: int, ranks: int) -> Pixels | None:
-    """All processes' images, on the main one."""
-    if ranks == 1:
-        return made
-    shares: list[Pixels | None] = [None for _ in range(ranks)]
-    main = distributed.get_rank() == 0
-    distributed.gather_object(made, shares if main else None)
-    return interleave([share for share in shares if share is not None], each) if main else None
 
 
 def _name(module: PolicyTraining) -> str:

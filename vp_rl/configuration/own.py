@@ -59,6 +59,7 @@ IMAGES: dict[str, Any] = {
     "seed": Seed,
     "split": _Split,
     "limit": Count | None,
+    "curve": _Nodes | None,
     "panel": _Nodes,
     "pairs": bool,
     "distances": _Nodes,

@@ -17,8 +17,11 @@ from vp_rl.visionprefer import estimates
 ALPHA, SIGNS, TRADES = 0.05, 0.01, 0.025
 FIRST = "mean_rating"
 """What a page is about: half of its share of chance is for this."""
+BEST = "each at its best guidance"
+"""Where each model is compared at the guidance scale that is best for it: what a page is about, if there is one."""
 UNTESTED = ("look/distance",)
 """More than 0 by what it is, not by chance."""
+_AT = "guidance: "  # no category is called so
 
 Name = TypeVar("Name", bound=Hashable)
 Either = TypeVar("Either", Change, Duel)
@@ -30,22 +33,32 @@ class Compared(NamedTuple):
     changes: dict[str, Change]
     categories: dict[str, dict[str, Change]]
     pairs: dict[str, Duel]
+    guided: dict[str, dict[str, Change]] = {}
+    """At other guidance scales, by where that is in words; each model at its best one is called `BEST`."""
+
+    @property
+    def first(self) -> dict[str, Change]:
+        """What a page is about: each model at its best guidance where that is known, else as it was evaluated."""
+        return self.guided.get(BEST, self.changes)
 
 
 def counted(
     changes: Mapping[str, Change],
     categories: Mapping[str, Mapping[str, Change]] | None = None,
     pairs: Mapping[str, Duel] | None = None,
+    guided: Mapping[str, Mapping[str, Change]] | None = None,
 ) -> dict[tuple[str | None, str], float]:
     """The chance of every comparison that is counted, by category ("" is all prompts, None both at once) and metric.
 
-    Categories are told apart by what the judge says alone.
+    Categories are told apart by what the judge says alone. Guidance scales are named as categories are, behind `_AT`.
     """
     chances: dict[tuple[str | None, str], float] = {
         ("", name): each.chance for name, each in changes.items() if name not in UNTESTED
     }
     for part, own in (categories or {}).items():
         chances |= {(part, name): each.chance for name, each in own.items() if name in LEVELS}
+    for where, own in (guided or {}).items():
+        chances |= {(_AT + where, name): each.chance for name, each in own.items()}
     return chances | {(None, name): each.chance for name, each in (pairs or {}).items()}
 
 
@@ -53,6 +66,7 @@ def decide(
     changes: Mapping[str, Change],
     categories: Mapping[str, Mapping[str, Change]] | None = None,
     pairs: Mapping[str, Duel] | None = None,
+    guided: Mapping[str, Mapping[str, Change]] | None = None,
 ) -> Compared:
     """Says of each comparison whether it is clear.
 
@@ -60,14 +74,17 @@ def decide(
         changes: of all prompts, by metric.
         categories: of each category's.
         pairs: by aspect.
+        guided: at other guidance scales; see `Compared`.
     """
-    held = held_by(counted(changes, categories, pairs), ("", FIRST), ALPHA - SIGNS - TRADES)
+    first = (_AT + BEST, FIRST) if BEST in (guided or {}) else ("", FIRST)
+    held = held_by(counted(changes, categories, pairs, guided), first, ALPHA - SIGNS - TRADES)
 
     def marked(part: str | None, own: Mapping[str, Either]) -> dict[str, Either]:
         return {name: mark(each, held.get((part, name), False)) for name, each in own.items()}
 
     parts = {part: marked(part, own) for part, own in (categories or {}).items()}
-    return Compared(marked("", changes), parts, marked(None, pairs or {}))
+    scales = {where: marked(_AT + where, own) for where, own in (guided or {}).items()}
+    return Compared(marked("", changes), parts, marked(None, pairs or {}), scales)
 
 
 def held_by(chances: Mapping[Name, float], first: Name | None = None, alpha: float = ALPHA) -> dict[Name, bool]:

@@ -13,6 +13,8 @@ from vp_rl.evaluation.claims import Compared, decide
 from vp_rl.evaluation.compare import BASE, Rival, as_dict, as_markdown, compare
 from vp_rl.evaluation.distances import Distances
 from vp_rl.evaluation.duel import Duel
+from vp_rl.evaluation.guidance_curve import GuidanceCurve, together
+from vp_rl.evaluation.guidance_page import in_words
 from vp_rl.evaluation.images import Evaluation, Evaluator
 from vp_rl.evaluation.report import write_report
 from vp_rl.evaluation.signs import Moment, Sign, signs, summary
@@ -41,6 +43,8 @@ class Conclusion:
     """What the judge took, by the way in which it was asked."""
     rival: Rival = BASE
     """What `base` is of."""
+    curves: Sequence[GuidanceCurve] = ()
+    """Over guidance scales; the first is what the page is about, where there is one."""
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -51,6 +55,9 @@ class Conclusion:
             told["distances"] = asdict(self.distances)
         if self.asked:
             told["judge"] = {way: each._asdict() | {"usage": each.usage._asdict()} for way, each in self.asked.items()}
+        if self.curves:
+            first, *more = (each.as_dict() for each in self.curves)
+            told["guidance_curve"] = first | ({"more": more} if more else {})
         return {
             "held_out": as_dict(self.compared.changes),
             "categories": {name: as_dict(each) for name, each in self.compared.categories.items()},
@@ -72,6 +79,7 @@ def conclude(
     distances: Distances | None = None,
     asked: Mapping[str, Asked] | None = None,
     rival: Rival = BASE,
+    curves: Sequence[GuidanceCurve] = (),
 ) -> Conclusion:
     """Compares what `evaluator` made of base and adapter, as a whole and by category, and looks for signs.
 
@@ -81,14 +89,16 @@ def conclude(
         pairs, distances: what else has been found.
         asked: what the judge took, by the way in which it was asked.
         rival: what `base` is of. An adapter is not the start of another: between two of them there are no signs.
+        curves: over guidance scales.
     """
     parts = by_category(base, tuned, {name: set(own) for name, own in evaluator.categories.items()})
-    found = decide(compare(base, tuned), parts, pairs)
+    found = decide(compare(base, tuned), parts, pairs, together(curves))
     told: list[Sign] = []
     if rival is BASE:
         told = signs(history, found.changes, reward) + trades({"": found.changes, **parts}, evaluator.categories)
     told.sort(key=lambda sign: sign.severity == "note")
-    return Conclusion(base, tuned, found, told, history, distances, asked or {}, rival)
+    curves = [each.decided(found.guided) for each in curves]
+    return Conclusion(base, tuned, found, told, history, distances, asked or {}, rival, curves)
 
 
 def publish(
@@ -118,6 +128,7 @@ def publish(
     _write_scores(folder / "scores.csv", {done.rival.short: done.base, "tuned": done.tuned})
     print(f"\nHeld-out prompts, {done.rival.name} against trained, same seeds")
     print(as_markdown(done.compared.changes, done.rival))
+    print("".join(f"\n{in_words(curve)}\n" for curve in done.curves), end="")
     print("* clear when all that the report compares is counted together")
     for name, duel in done.compared.pairs.items():
         shares = {"win": duel.win, "tie": duel.tie, "loss": duel.loss, "same in both orders": duel.consistent}
@@ -139,6 +150,7 @@ def publish(
         command=command,
         rival=done.rival,
         chosen=chosen,
+        curves=done.curves,
     )
     print(f"\nReport: {report}")
     return written

@@ -3,10 +3,12 @@
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vp_rl.evaluation.signs import Sign
@@ -23,6 +25,7 @@ _TITLES = {
     "train/clip_fraction": "Share of steps that were clipped",
 }
 _PANEL = "held_out/panel/"
+INK, LINE, ALARM = "#010203", "#040506", "#070809"  # stand-ins, replaced by `svg`: matplotlib takes no CSS colours
 _PHASES = {"sampling": "sampling", "reward": "decoding and reward", "training": "updates"}
 
 
@@ -57,30 +60,41 @@ def phases(values: History) -> dict[str, float]:
 
 
 def _plot(points: list[tuple[float, float]], marks: Sequence[int]) -> str:
-    ink, line, alarm = "#010203", "#040506", "#070809"  # stand-ins, replaced below: matplotlib takes no CSS colours
-    colors = {f"{part}.color": ink for part in ("text", "xtick", "ytick", "grid")}
-    style = {"svg.fonttype": "none", "svg.hashsalt": "vp_rl", "axes.labelcolor": ink, "axes.edgecolor": ink, **colors}
-    with matplotlib.rc_context(style):  # type: ignore[arg-type]
-        figure = Figure(figsize=(4.4, 2.5), layout="constrained")
-        axes = figure.subplots()
+    with axes_of((4.4, 2.5)) as (figure, axes):
         marker = {"marker": "o", "markersize": 3.5} if len(points) <= 30 else {}
         for mark in marks:
-            axes.axvline(mark, color=alarm, linewidth=1.2, linestyle="--")
-        axes.plot(*zip(*points, strict=True), color=line, linewidth=2, **marker)
+            axes.axvline(mark, color=ALARM, linewidth=1.2, linestyle="--")
+        axes.plot(*zip(*points, strict=True), color=LINE, linewidth=2, **marker)
         axes.set_xlabel("epochs")
         axes.locator_params(axis="x", integer=True, nbins=5)
         axes.locator_params(axis="y", nbins=5)
         if not any(value for _, value in points):
             axes.set_ylim(0, 1)
+        return svg(figure)
+
+
+@contextmanager
+def axes_of(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
+    """An empty plot in the page's style: what is drawn inside takes `INK`, `LINE` and `ALARM`, and goes to `svg`."""
+    colors = {f"{part}.color": INK for part in ("text", "xtick", "ytick", "grid")}
+    style = {"svg.fonttype": "none", "svg.hashsalt": "vp_rl", "axes.labelcolor": INK, "axes.edgecolor": INK, **colors}
+    with matplotlib.rc_context(style):  # type: ignore[arg-type]
+        figure = Figure(figsize=size, layout="constrained")
+        axes = figure.subplots()
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(length=0)
         axes.grid(alpha=0.15)
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
-        buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        yield figure, axes
+
+
+def svg(figure: Figure) -> str:
+    """The plot, in whatever colours the page around it has."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = re.sub(r"<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
     text = re.sub(r'<g id="[^"]*"', "<g", text[text.index("<svg") :])  # they would be the same in every plot of a page
-    for stand_in, color in ((ink, "currentColor"), (line, "var(--accent)"), (alarm, "var(--down)")):
+    for stand_in, color in ((INK, "currentColor"), (LINE, "var(--accent)"), (ALARM, "var(--down)")):
         text = text.replace(stand_in, color)
     return text

@@ -1,6 +1,7 @@
 """Images for held-out prompts with fixed seeds, scored by the reward and rated by the held-out judge."""
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, get_args
@@ -12,6 +13,7 @@ from jaxtyping import Float, Int, UInt8
 from vp_rl.configuration.kinds import Count, Seeds
 from vp_rl.evaluation import looks
 from vp_rl.evaluation.asking import Asked, rate
+from vp_rl.evaluation.curve_settings import CurveSettings
 from vp_rl.evaluation.store import (
     NOTHING,
     Kept,
@@ -166,6 +168,7 @@ class Evaluator:
         panel: other rewards beside the trained one, by the names they get.
         metrics: of the user's own, by the names they get: given images in 8 bits a colour, (images, height, width, 3),
             and the prompt of each, a number for each image, where higher is better.
+        curve: over guidance scales, when all is done; None: there is none.
 
     Raises:
         ValueError: there is no image to make.
@@ -183,6 +186,7 @@ class Evaluator:
         watch: Split = "validation",
         panel: Mapping[str, Reward] | None = None,
         metrics: Mapping[str, Callable[..., Any]] | None = None,
+        curve: CurveSettings | None = None,
     ) -> None:
         for name, chosen in (("split", split), ("watch", watch)):
             if chosen not in get_args(Split):
@@ -198,10 +202,22 @@ class Evaluator:
             )
         if panel and "reward" in panel:
             raise ValueError("evaluation.panel.reward would be mixed up with the trained reward: call it otherwise.")
-        self.watch = watch
+        self.watch, self.curve = watch, curve
         self._source = prompts
         self.sampler, self.annotator, self.panel = sampler, annotator, dict(panel or {})
         self._metrics, self._batch_size = dict(metrics or {}), batch_size
+
+    def sampling(self, sampler: Sampler, seeds: Sequence[int], panel: Sequence[str] = ()) -> "Evaluator":
+        """The same one with another sampler and other seeds: as far as these are the same, so is the noise.
+
+        Args:
+            sampler, seeds: the others.
+            panel: the rewards beside the trained one that stay.
+        """
+        other = copy(self)
+        other.sampler, other.seeds = sampler, tuple(seeds)
+        other.panel = {name: self.panel[name] for name in panel}
+        return other
 
     @cached_property
     def categories(self) -> dict[str, list[str]]:

@@ -3,13 +3,12 @@
 import base64
 import hashlib
 import io
-import math
 import os
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -20,12 +19,17 @@ from vp_rl.evaluation import settings
 from vp_rl.evaluation.asking import Asked
 from vp_rl.evaluation.claims import ALPHA, Compared, counted
 from vp_rl.evaluation.compare import BASE, LEVELS, Change, Rival
-from vp_rl.evaluation.curves import curves, history, phases
+from vp_rl.evaluation.curves import curves as learning_curves
+from vp_rl.evaluation.curves import history, phases
 from vp_rl.evaluation.distances import Distances
+from vp_rl.evaluation.guidance_curve import GuidanceCurve
+from vp_rl.evaluation.guidance_page import section
 from vp_rl.evaluation.images import Evaluation, noise_seed
 from vp_rl.evaluation.looks import blank
+from vp_rl.evaluation.no_adapter import BELOW
+from vp_rl.evaluation.rows import Row, row, rows
 from vp_rl.evaluation.signs import Sign
-from vp_rl.evaluation.verdict import ALIKE, LOOK, OWN, PANEL, Chosen, interval, label, number, verdicts
+from vp_rl.evaluation.verdict import LOOK, OWN, PANEL, Chosen, label, verdicts
 from vp_rl.sampler import Sampler
 from vp_rl.scenes import tiny
 from vp_rl.secrets import mask
@@ -49,19 +53,6 @@ PAGES = jinja2.Environment(
 PAGES.filters["sha256"] = _sha256
 
 
-class Row(NamedTuple):
-    """One line of a comparison, formatted."""
-
-    label: str
-    base: str
-    tuned: str
-    change: str
-    interval: str
-    direction: str  # `up` or `down` where that is clear (`moved`, where neither is better), else `even`
-    bar: tuple[float, float, float]  # low, difference and high as percent of the plot's width; 50 is no change
-    shares: tuple[float, float, float]  # percent of the images that rose, stayed, fell
-
-
 def write_report(
     folder: Path,
     base: Evaluation,
@@ -77,6 +68,7 @@ def write_report(
     command: str = "",
     rival: Rival = BASE,
     chosen: Chosen | None = None,
+    curves: Sequence[GuidanceCurve] = (),
 ) -> Path:
     """Writes `report.html` into the run's folder and returns its path.
 
@@ -93,19 +85,21 @@ def write_report(
         command: that made it, fit to be passed on, where it is not the one that is found in the folder.
         rival: what `base` is of.
         chosen: how the adapter was, where it was.
+        curves: over guidance scales, decided.
     """
     read, values = settings.read(folder), history(folder)
     run = read._replace(command=command or read.command)
-    rows, told = _rows(compared.changes), sorted(signs, key=lambda sign: sign.severity != "warning")
+    told = sorted(signs, key=lambda sign: sign.severity != "warning")
     date = f"{folder.parent.name}, job {folder.name}" if folder.name.isdigit() else folder.name
     page = PAGES.get_template("report.html").render(
         **{"title": run.title, "date": date},
         note=note,
         **{"prompts": len(set(base.prompts)), "images": len(base.prompts)},
-        verdicts=verdicts(compared, len(set(base.prompts)), told, rival, chosen),
+        verdicts=verdicts(compared, len(set(base.prompts)), told, rival, chosen, next(iter(curves), None)),
         chosen=chosen,
         rival=rival,
-        rows=rows,
+        **{"rows": rows(compared.changes), "tiles": rows(compared.first), "scale": f"{sampler.guidance:g}"},
+        guidance=[section(curve) for curve in curves],
         groups=_groups(compared.changes),
         categories=_by_category(compared),
         pairs={name: (name.replace("_", " ").capitalize(), duel) for name, duel in compared.pairs.items()},
@@ -114,52 +108,20 @@ def write_report(
         signs=[(sign, _of_prompts(base, tuned, sign.prompts)) for sign in told],
         heading="Signs of an exploited reward" if any(each.severity == "warning" for each in told) else "Notes",
         **_galleries(base, tuned),
-        curves=curves(values, signs),
+        curves=learning_curves(values, signs),
         run=run,
-        code=_code(run.policy, sampler, base.prompts[0], base.seeds[0]),
+        code=_code(
+            run.policy,
+            sampler,
+            base.prompts[0],
+            base.seeds[0],
+            BELOW if chosen and not chosen.beats_base else "adapter",
+        ),
         phases=phases(values),
         **_circumstances(seconds),
     )
     (folder / "report.html").write_text(mask(page), encoding="utf-8")
     return folder / "report.html"
-
-
-def row(name: str, change: Change, peers: Iterable[Change], called: str = "") -> Row:
-    """A metric's line.
-
-    Args:
-        name: of the metric.
-        change: of that.
-        peers: what its bar is drawn on the same scale as.
-        called: instead of the metric's label.
-    """
-    ends = [abs(end) for peer in peers for end in (peer.low, peer.high, peer.difference) if not math.isnan(end)]
-    reach = max(ends, default=0.0) or 1.0
-    low, high = (change.difference, change.difference) if change.few else (change.low, change.high)
-    return Row(
-        label=called or label(name),
-        base=number(change.base, change, name),
-        tuned=number(change.tuned, change, name),
-        change=number(change.difference, change, name, signed=True) + (" points" if name == "correct" else ""),
-        interval=interval(change, name),
-        direction=_direction(name, change),
-        bar=(50 + 48 * low / reach, 50 + 48 * change.difference / reach, 50 + 48 * high / reach),
-        shares=(100 * change.win, 100 * change.tie, 100 * change.loss),
-    )
-
-
-def _direction(name: str, change: Change) -> str:
-    """Of what images look like nothing is better or worse, but that they become alike."""
-    if name.startswith(LOOK) and change.clear:
-        return "mixed" if name in ALIKE and change.difference < 0 else "moved"
-    return change.direction
-
-
-def _rows(changes: Mapping[str, Change]) -> dict[str, Row]:
-    """Ratings share a scale, so that their bars can be compared; rewards and shares have scales of their own."""
-    rated = changes.keys() & {*ASPECTS, "mean_rating"}
-    peers = [changes[name] for name in rated]
-    return {name: row(name, change, peers if name in rated else [change]) for name, change in changes.items()}
 
 
 def _groups(changes: Mapping[str, Change]) -> dict[str, list[str]]:
@@ -292,7 +254,7 @@ def _ddim(sampler: Sampler) -> list[str]:
     ]
 
 
-def _code(policy: Mapping[str, Any], sampler: Sampler, prompt: str, seed: int) -> str:
+def _code(policy: Mapping[str, Any], sampler: Sampler, prompt: str, seed: int, adapter: str = "adapter") -> str:
     """Plain diffusers, which makes the image for the first prompt again."""
     path = str(policy.get("path", "the base model"))
     embedded, flow = path in tiny.NAMES, str(policy.get("_target_", "")).startswith(_FLOW)
@@ -315,7 +277,7 @@ def _code(policy: Mapping[str, Any], sampler: Sampler, prompt: str, seed: int) -
         "",
         f"pipeline = DiffusionPipeline.from_pretrained({source}, {which}dtype=torch.{dtype})",
         *([] if flow else _ddim(sampler)),
-        'pipeline.load_lora_weights("adapter")  # in this run\'s folder',
+        f'pipeline.load_lora_weights("{adapter}")  # in this run\'s folder',
         *([] if embedded else ['pipeline.to("cuda")']),
         "image = pipeline(",
         f"    {prompt!r},",

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from vp_rl.files import images as image_files
 from vp_rl.files.store import Store
+from vp_rl.interfaces import Policy
 from vp_rl.types import Conditioning
 from vp_rl.visionprefer.generate import as_png
+
+TRAINING = ("lora", "gradient_checkpointing", "start", "reference")
+"""Of a policy's settings: what changes nothing in the base's images."""
 
 
 class Kept(NamedTuple):
@@ -37,6 +41,27 @@ NOTHING = Kept(Store(None))
 def key_of(*parts: object) -> str:
     """Of what a value follows from."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def in_words(settings: Mapping[str, Any], without: Sequence[str] = ()) -> str:
+    """Settings in words that are the same whenever they are, but for some of them."""
+    return json.dumps({name: value for name, value in settings.items() if name not in without}, sort_keys=True)
+
+
+def kept_of_base(
+    policy: Policy, settings: Mapping[str, Any], device: str, store: Store, rewards: Mapping[str, str] | None = None
+) -> Kept:
+    """What is kept of a base model, whichever command has made it, and whatever is being trained on it.
+
+    Args:
+        policy: with or without an adapter.
+        settings: of the policy.
+        device: the kind of it that images are made on.
+        store: of them.
+        rewards: see `Kept`.
+    """
+    frozen = fingerprint(policy, f"{in_words(settings, TRAINING)} {device}", trained=False)
+    return Kept(store, frozen, frozen, rewards or {})
 
 
 def fingerprint(module: nn.Module, settings: str, *, trained: bool = True) -> str:

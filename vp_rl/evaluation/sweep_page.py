@@ -12,7 +12,8 @@ from PIL import Image
 
 from vp_rl.evaluation.claims import held_by, mark
 from vp_rl.evaluation.compare import Change
-from vp_rl.evaluation.report import PAGES, Row, duration, embed, row
+from vp_rl.evaluation.report import PAGES, duration, embed
+from vp_rl.evaluation.rows import Row, row
 from vp_rl.files import images as image_files
 
 _METRICS = ("mean_rating", "correct", "reward", "prompt_following")
@@ -34,6 +35,8 @@ class Run(NamedTuple):
     """An image URL; empty where it is the one of the run before, or there is none."""
     trained: str
     best: bool
+    without: bool
+    """Whether it left no adapter, as the base model was better on validation."""
 
 
 def page(
@@ -48,7 +51,11 @@ def page(
     """
     shared = {name: value for name, value in overrides[0].items() if all(o.get(name) == value for o in overrides)}
     changes = _together([changes_of(summary) for summary in summaries])
-    gains = [found["mean_rating"].difference if "mean_rating" in found else -np.inf for found in changes]
+    without = [summary.get("best", {}).get("beats_base") is False for summary in summaries]
+    gains = [
+        found["mean_rating"].difference if "mean_rating" in found and not none else -np.inf
+        for found, none in zip(changes, without, strict=True)
+    ]
     peers = {name: [found[name] for found in changes if name in found] for name in _METRICS}
     runs, base = [], ""
     for place, (folder, given, summary) in enumerate(zip(folders, overrides, summaries, strict=True)):
@@ -62,6 +69,7 @@ def page(
                 time=duration(summary["training_seconds"]) if "training_seconds" in summary else "",
                 base="" if before == base else before,
                 trained=trained,
+                without=without[place],
                 best=place == int(np.argmax(gains)) and np.isfinite(gains[place]) and len(folders) > 1,
             )
         )

@@ -7,6 +7,8 @@ from typing import Literal, NamedTuple
 from vp_rl.evaluation.claims import Compared
 from vp_rl.evaluation.compare import BASE, TOO_FEW, Change, Rival
 from vp_rl.evaluation.duel import OVERALL
+from vp_rl.evaluation.guidance_curve import GuidanceCurve
+from vp_rl.evaluation.no_adapter import BELOW
 from vp_rl.evaluation.signs import Sign
 from vp_rl.types import ASPECTS
 
@@ -58,14 +60,18 @@ class Chosen(NamedTuple):
     @property
     def beats_base(self) -> bool:
         """Whether any epoch did."""
-        return self.value > self.base
+        return not self.value <= self.base
 
     @property
     def words(self) -> str:
         """Which one it is, and why."""
-        best = "best on validation" if self.beats_base else "the best trained one on validation, below the base"
+        if not self.beats_base:
+            return (
+                f"none, since on validation no epoch beats the base model by {label(self.metric).lower()} "
+                f"({self.value:.2f} at best, in epoch {self.epoch} of {self.epochs}; base {self.base:.2f})"
+            )
         return (
-            f"epoch {self.epoch} of {self.epochs}, {best} by {label(self.metric).lower()} "
+            f"epoch {self.epoch} of {self.epochs}, best on validation by {label(self.metric).lower()} "
             f"({self.value:.2f}; base {self.base:.2f})"
         )
 
@@ -74,8 +80,8 @@ class Chosen(NamedTuple):
         """What is to be known where no epoch beats the base."""
         return (
             f"On validation no epoch beats the base model by {label(self.metric).lower()} ({self.value:.2f} at best, "
-            f"base {self.base:.2f}): this adapter is the best trained one, of epoch {self.epoch}, and using none may "
-            "be better."
+            f"base {self.base:.2f}): this run leaves no adapter. The best trained one, of epoch {self.epoch}, is "
+            f"what is compared here, and lies in {BELOW}/."
         )
 
 
@@ -111,6 +117,7 @@ def verdicts(
     signs: Sequence[Sign] = (),
     rival: Rival = BASE,
     chosen: Chosen | None = None,
+    curve: GuidanceCurve | None = None,
 ) -> list[Verdict]:
     """One sentence to each question, in words that what is clear allows; another where the judge saw whole pairs.
 
@@ -120,16 +127,19 @@ def verdicts(
         signs: of an exploited reward.
         rival: what is compared with.
         chosen: how the adapter was, where it was.
+        curve: over guidance scales, decided: whether it improved is then said of each model at its best one.
     """
     return [
-        _improved(found, prompts, rival, chosen),
+        _improved(found, prompts, rival, chosen, curve),
         _worse(found, rival),
-        _over_optimised(found.changes.get("reward"), found.changes["mean_rating"], signs, rival),
+        _over_optimised(found.first.get("reward"), found.first["mean_rating"], signs, rival),
     ]
 
 
-def _improved(found: Compared, prompts: int, rival: Rival, chosen: Chosen | None) -> Verdict:
-    rating, correct, pair = found.changes["mean_rating"], found.changes["correct"], found.pairs.get(OVERALL)
+def _improved(
+    found: Compared, prompts: int, rival: Rival, chosen: Chosen | None, curve: GuidanceCurve | None
+) -> Verdict:
+    rating, correct, pair = found.first["mean_rating"], found.first["correct"], found.pairs.get(OVERALL)
     was, now = (number(value, correct, "correct") for value in (correct.base, correct.tuned))
     moved = _moved(correct, "correct")
     if rival is BASE:
@@ -139,10 +149,13 @@ def _improved(found: Compared, prompts: int, rival: Rival, chosen: Chosen | None
         question, no = "Is it better?", "No, it is worse"
         share = f"{now} of its images are fully correct, of {rival.name}'s {was} ({moved})"
     plural = "prompts" if prompts != 1 else "prompt"
+    where = "" if curve is None else f"with each model at its best guidance ({_scales(curve)}) "
     sentence = (
-        f"By the held-out judge, which was not trained against, the mean rating of four aspects on a scale from 1 to 5 "
-        f"{_went(rating, 'mean_rating', rival)} on {prompts} unseen {plural}, and {share}."
+        f"By the held-out judge, which was not trained against, {where}the mean rating of four aspects on a scale from "
+        f"1 to 5 {_went(rating, 'mean_rating', rival)} on {prompts} unseen {plural}, and {share}."
     )
+    if curve is not None:
+        sentence += f" {_at_same(curve, rival)}"
     if pair is not None:
         sentence += f" Shown both images at once, it prefers the trained model's in {pair.win:.0%} of the pairs, "
         sentence += f"{rival.name}'s in {pair.loss:.0%}."
@@ -150,6 +163,26 @@ def _improved(found: Compared, prompts: int, rival: Rival, chosen: Chosen | None
         sentence += f" {chosen.warning}"
     even = "Too few prompts to say" if rating.few else "Not clearly"
     return Verdict(question, {"up": "Yes", "down": no, "even": even}[rating.direction], sentence, rating.direction)
+
+
+def _scales(curve: GuidanceCurve) -> str:
+    base, tuned = curve.chosen["base"], curve.chosen["tuned"]
+    if base == tuned:
+        return f"{base:g} for both, chosen on {curve.split} prompts"
+    return f"base {base:g}, trained {tuned:g}, chosen on {curve.split} prompts"
+
+
+def _at_same(curve: GuidanceCurve, rival: Rival) -> str:
+    """Where the adapter is worse than the base at the same scale."""
+    worse = curve.worse_at()
+    scales = _listed([f"{scale:g}" for scale in worse or curve.scales])
+    if worse:
+        return f"At the same guidance as {rival.name} it is clearly worse at {scales}."
+    return f"At the same guidance as {rival.name} it is clearly worse at none of {scales}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}" if len(words) > 1 else words[0]
 
 
 def _worse(found: Compared, rival: Rival) -> Verdict:
@@ -167,6 +200,12 @@ def _worse(found: Compared, rival: Rival) -> Verdict:
         if each.direction == "down"
     ]
     fell += [
+        f"{_named(name)} {where} {_went(each, name, rival)}"
+        for where, own in found.guided.items()
+        for name, each in own.items()
+        if each.direction == "down"
+    ]
+    fell += [
         f"of pairs, it prefers {rival.name}'s images{'' if name == OVERALL else f' in {label(name).lower()}'}"
         for name, each in found.pairs.items()
         if each.clear and each.difference < 0
@@ -176,7 +215,7 @@ def _worse(found: Compared, rival: Rival) -> Verdict:
         for name, each in found.changes.items()
         if name in ALIKE and each.direction == "down"
     ]
-    rating, lower = found.changes["mean_rating"], "clearly fell" if rival is BASE else "is clearly lower"
+    rating, lower = found.first["mean_rating"], "clearly fell" if rival is BASE else "is clearly lower"
     images = f"{rating.loss:.0%} of the images are rated lower than {rival.name}'s, {rating.win:.0%} higher"
     more = [f"and {len(fell) - _NAMED} more below"] if len(fell) > _NAMED else []
     if fell:

@@ -162,7 +162,7 @@ class AdaptedPolicy(Policy):
         negative: Negative = "train",
     ) -> Latents:
         """The denoiser's output in float32, after the family's kind of guidance."""
-        base = self.reference if negative == "base" else None
+        base = self.base if negative == "base" else None
         return self.guidance(self._denoise, latents, timestep, conditioning, guidance, negative != "train", base)
 
     @abstractmethod

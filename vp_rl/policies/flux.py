@@ -39,6 +39,7 @@ class Flux(AdaptedPolicy):
     """
 
     shifted = True
+    guided = False
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from torch import Tensor
 from vp_rl.configuration.kinds import Count, Dtype, Text
 from vp_rl.policies.adapted import AdaptedPolicy, Tokens
 from vp_rl.policies.economy import DEFAULT, Economy
-from vp_rl.policies.guidance import embedded, of_unet
+from vp_rl.policies.guidance import Guidance, embedded, of_unet
 from vp_rl.policies.pipelines import Source, latent_size, load_pipeline, native_size
 from vp_rl.policies.settings import check
 from vp_rl.policies.start import Reference, Start
@@ -59,6 +59,7 @@ class StableDiffusion(AdaptedPolicy):
         size = latent_size(resolution, native_size(pipeline.unet.config.sample_size, pixels), pixels)
         self.latent_shape = (pipeline.unet.config.in_channels, size, size)
         self.guidance = of_unet(pipeline.unet, self.encode([negative_prompt]))
+        self.guided = isinstance(self.guidance, Guidance)
 
     def tokenize(self, prompts: list[str]) -> Tokens:
         """CLIP's; and what is no padding, where the encoder is told to look at nothing else."""

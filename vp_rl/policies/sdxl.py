@@ -10,7 +10,7 @@ from torch import Tensor
 from vp_rl.configuration.kinds import Count, Dtype, Text
 from vp_rl.policies.adapted import AdaptedPolicy, Tokens
 from vp_rl.policies.economy import DEFAULT, Economy
-from vp_rl.policies.guidance import embedded, of_unet
+from vp_rl.policies.guidance import Guidance, embedded, of_unet
 from vp_rl.policies.pipelines import Source, latent_size, load_pipeline, load_vae, native_size
 from vp_rl.policies.settings import check
 from vp_rl.policies.start import Reference, Start
@@ -78,6 +78,7 @@ class StableDiffusionXL(AdaptedPolicy):
         if negative_prompt is None and pipeline.config.force_zeros_for_empty_prompt:
             negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
         self.guidance = of_unet(pipeline.unet, negative)
+        self.guided = isinstance(self.guidance, Guidance)
 
     def tokenize(self, prompts: list[str]) -> Tokens:
         """Of two CLIPs that read equally far."""
