@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("outputs/compare"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--minutes", type=float, default=4.0, help="of training, on one core, for each run")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of training, on one core, for each run")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="at once, of one thread each")
     parser.add_argument("--list", action="store_true", help="show the jobs and run none")
     parser.add_argument("--page", action="store_true", help="only write the page, of what there is")
@@ -93,6 +93,7 @@ def command(folder: Path, method: str, *more: str) -> tuple[str, ...]:
     """One training run."""
     judged = (
         f"evaluation.sampler.guidance={GUIDANCE}",
+        "evaluation.curve=null",
         *(f"callbacks.held_out.{name}" for name in ("every=1000", "best=null", "patience=null")),
     )
     settings = [setting.format(data=folder / "data") for setting in METHODS[method].settings]

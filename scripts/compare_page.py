@@ -22,9 +22,16 @@ class Method(NamedTuple):
     """Beside the experiment's own; {data} is the dataset's folder."""
 
 
+_DDPO = ("sampler.guidance=2", "algorithm.optimizer.lr=8e-4", "data.batches_per_epoch=2")
+_RANDOM = (
+    "algorithm.window=[0,0.6]",
+    "algorithm.random_steps=2",
+    "algorithm.train_batch=64",
+    "trainer.accumulate_grad_batches=4",
+)
 METHODS = {
-    "ddpo": Method("DDPO, all steps", "ddpo_vpscore", ("algorithm=ddpo", "sampler.guidance=2", "sampler.steps=10")),
-    "branch_ddpo": Method("DDPO, branching", "ddpo_vpscore", ("sampler.guidance=2", "algorithm.optimizer.lr=8e-4")),
+    "ddpo": Method("DDPO, two random steps", "ddpo_vpscore", (*_DDPO, "algorithm=ddpo", *_RANDOM)),
+    "branch_ddpo": Method("DDPO, branching", "ddpo_vpscore", _DDPO),
     "nft": Method("DiffusionNFT", "nft_vpscore"),
     "awm": Method("advantage-weighted matching", "awm_vpscore"),
     "online_dpo": Method("online DPO", "online_dpo_vpscore"),
