@@ -4,7 +4,7 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -101,9 +101,7 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     policy.load_adapter(adapter)
     evaluator.annotator.check()
     store = Store(None if config.cache is None else Path(config.cache))
-    said_of = {"reward": whole.reward, **whole.evaluation.panel}
-    judged = {"reward": reward, **evaluator.panel}
-    rewards = {name: fingerprint(each.eval(), said(said_of[name])) for name, each in judged.items()}
+    rewards = _fingerprints({"reward": reward, **evaluator.panel}, {"reward": whole.reward, **whole.evaluation.panel})
     without, adapted = kept_of(policy, whole.policy, device, store, rewards)
     if other is None:
         rival = BASE
@@ -129,10 +127,8 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
         name = publishable(f"{config.distances.name} ({config.distances.encoder.get('model', 'its own weights')})")
         found["distances"] = distances(encoder, name, base.images, tuned.images, reference, torch.device(device), rival)
     seconds["comparison"] = time.monotonic() - begun
-    begun, curves = time.monotonic(), list[GuidanceCurve]()
-    if other is None:
-        kept: dict[Side, Kept] = {"base": without, "tuned": adapted}
-        curves = _curves(config, evaluator, policy, reward, kept, {"base": base, "tuned": tuned}, asked)
+    begun, kept = time.monotonic(), {"base": without, "tuned": adapted}
+    curves = [] if other else _curves(config, evaluator, policy, reward, kept, {"base": base, "tuned": tuned}, asked)
     seconds |= {"guidance curve's images": time.monotonic() - begun} if curves else {}
     more = {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
     done = conclude(evaluator, base, tuned, asked=asked, rival=rival, curves=curves, **found)
@@ -140,6 +136,10 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     if config.blind.pairs:
         ask(folder / "blind", base, tuned, config.blind.pairs, list(config.blind.aspects), rival)
     return written
+
+
+def _fingerprints(rewards: Mapping[str, Reward], nodes: Mapping[str, Any]) -> dict[str, str]:
+    return {name: fingerprint(each.eval(), said(nodes[name])) for name, each in rewards.items()}
 
 
 def _check_sizes(base: Evaluation, tuned: Evaluation) -> None:
@@ -169,8 +169,8 @@ def _curves(
     evaluator: Evaluator,
     policy: Policy,
     reward: Reward,
-    kept: dict[Side, Kept],
-    known: dict[Side, Evaluation | None],
+    kept: Mapping[str, Kept],
+    known: Mapping[Side, Evaluation | None],
     asked: dict[str, Asked],
 ) -> list[GuidanceCurve]:
     """Base and adapter over guidance scales, where that is wanted and the model takes any; counts what is asked."""

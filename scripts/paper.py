@@ -110,6 +110,7 @@ def policies(folder: Path, seed: int) -> Iterator[Job]:
         own = folder / f"{name}-{seed}"
         judged = (
             "evaluation.seeds=[0,1]",
+            "evaluation.curve=null",  # the paper's claims are of one scale
             *(f"callbacks.held_out.{name}" for name in ("every=1000", "best=null", "patience=null")),
         )
         length = f"trainer.max_epochs={EPOCHS_OF[experiment]}"

@@ -21,7 +21,7 @@ from vp_rl.sampler import Sampler
 
 ROOT = Path(__file__).parents[1]
 CONF = ROOT / "conf"
-SMALL = ("limit=5", "seeds=[0,1]", "batch_size=4", "sampler.steps=2", "device=cpu")
+SMALL = ("limit=5", "seeds=[0,1]", "batch_size=4", "sampler.steps=2", "device=cpu", "curve=null")
 
 
 def config(*overrides: str) -> DictConfig:
@@ -100,6 +100,22 @@ def test_a_run_is_evaluated_as_it_was_set_and_nothing_is_made_twice(
     assert again["judge"][PAIRS]["kept"] == 8 * 10
     assert first["distances"]["encoder"] == "tiny_clip (tiny-clip)"
     assert first["distances"]["cmmd"]["reference and base"] > first["distances"]["cmmd"]["base and adapter"] > 0
+
+
+def test_the_guidance_curve_of_an_evaluation_is_not_made_twice_either(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = (f"adapter={run}", f"cache={tmp_path}/c.sqlite", f"folder={tmp_path}/out")
+    curve = ("curve.candidates=[1.0,2.0]", "curve.scales=[4.0]", "curve.prompts=2")
+    given = config(*where, *SMALL[:-1], *curve)
+    first = evaluate(given)["guidance_curve"]
+    assert {"4"} <= set(first["scales"]) <= {"1", "2", "4"}
+    assert first["images"]["4"] == 2
+    assert set(first["chosen"]["means"]["tuned"]) == {"1", "2"}
+    monkeypatch.setattr(Sampler, "sample", lambda *_: pytest.fail("an image is made again"))
+    again = evaluate(given)
+    assert again["guidance_curve"] == first
+    assert again["judge"][ALONE]["questions"] == 0
 
 
 def columns(folder: Path, model: str) -> dict[str, list[str]]:

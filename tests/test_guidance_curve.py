@@ -147,6 +147,13 @@ def test_what_is_there_is_not_made_again_and_the_rest_is_what_was_asked_for() ->
     assert sum(made.values()) <= most == 2 * (2 * 4 + 6 * 4 + 4 * 5)
 
 
+def test_other_rewards_of_the_evaluation_are_left_out() -> None:
+    """They cost what scoring costs, and nothing is said of them."""
+    (curve,) = drawn(Steered(base=1.0, tuned=3.0), tool(panel={"dark": Brightness()}))
+    assert curve.chosen == {"base": 1.0, "tuned": 3.0}, "so of one model all is there, and of the other nothing"
+    assert set(curve.best) == set(METRICS)
+
+
 def test_a_curve_is_drawn_for_each_amount_of_noise() -> None:
     first, second = drawn(Steered(), tool(dataclasses.replace(CURVE, etas=(0.0, 1.0))))
     assert (first.sampler.eta, second.sampler.eta) == (0.0, 1.0)

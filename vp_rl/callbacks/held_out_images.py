@@ -74,7 +74,9 @@ def kept_images(
         if each is not None and said.get(name) and _steady(each)
     }
     precision = "" if trainer.precision == "32-true" else f" {trainer.precision}"
-    return kept_of_base(module.policy, settings["policy"], module.device.type + precision, Store(file), rewards)
+    return kept_of_base(
+        module.policy, settings["policy"], trainer.strategy.root_device.type + precision, Store(file), rewards
+    )
 
 
 def _steady(reward: Reward) -> bool:

@@ -59,7 +59,6 @@ IMAGES: dict[str, Any] = {
     "seed": Seed,
     "split": _Split,
     "limit": Count | None,
-    "curve": _Nodes | None,
     "panel": _Nodes,
     "pairs": bool,
     "distances": _Nodes,

@@ -234,6 +234,7 @@ class _Drawing:
 def _compared(base: Evaluation | None, tuned: Evaluation | None) -> Changes:
     assert base is not None, "on the main process all are there"
     assert tuned is not None, "so are these"
+    base, tuned = (replace(each, panel={}) for each in (base, tuned))  # which one of them may have, and the other not
     found = compare_metrics(base, tuned)
     return {name: found[name] for name in METRICS if name in found}
 

@@ -98,30 +98,38 @@ def write_report(
         verdicts=verdicts(compared, len(set(base.prompts)), told, rival, chosen, next(iter(curves), None)),
         chosen=chosen,
         rival=rival,
-        **{"rows": rows(compared.changes), "tiles": rows(compared.first), "scale": f"{sampler.guidance:g}"},
-        guidance=[section(curve) for curve in curves],
-        groups=_groups(compared.changes),
-        categories=_by_category(compared),
-        pairs={name: (name.replace("_", " ").capitalize(), duel) for name, duel in compared.pairs.items()},
-        **{"looks": len(counted(*compared)), "alpha": ALPHA, "distances": distances},
+        **{"scale": f"{sampler.guidance:g}", "guidance": [section(curve) for curve in curves]},
+        **_comparisons(compared),
+        distances=distances,
         asked={way: spent(each) for way, each in (asked or {}).items()},
         signs=[(sign, _of_prompts(base, tuned, sign.prompts)) for sign in told],
         heading="Signs of an exploited reward" if any(each.severity == "warning" for each in told) else "Notes",
         **_galleries(base, tuned),
         curves=learning_curves(values, signs),
         run=run,
-        code=_code(
-            run.policy,
-            sampler,
-            base.prompts[0],
-            base.seeds[0],
-            BELOW if chosen and not chosen.beats_base else "adapter",
-        ),
+        code=_code(run.policy, sampler, base.prompts[0], base.seeds[0], _folder(chosen)),
         phases=phases(values),
         **_circumstances(seconds),
     )
     (folder / "report.html").write_text(mask(page), encoding="utf-8")
     return folder / "report.html"
+
+
+def _comparisons(compared: Compared) -> dict[str, Any]:
+    """What the page's tables have, and how much they look at."""
+    return {
+        "rows": rows(compared.changes),
+        "tiles": rows(compared.first),
+        "groups": _groups(compared.changes),
+        "categories": _by_category(compared),
+        "pairs": {name: (name.replace("_", " ").capitalize(), duel) for name, duel in compared.pairs.items()},
+        **{"looks": len(counted(*compared)), "alpha": ALPHA},
+    }
+
+
+def _folder(chosen: Chosen | None) -> str:
+    """Where the adapter lies that the page is about."""
+    return "adapter" if chosen is None or chosen.beats_base else BELOW
 
 
 def _groups(changes: Mapping[str, Change]) -> dict[str, list[str]]:
