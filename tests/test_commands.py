@@ -144,6 +144,7 @@ RUN = {  # in this order, as later ones need what earlier ones leave: what is ap
     "python scripts/build_visionprefer.py prompts.train=500 folder=data/mine": DATASET,
     "python scripts/evaluate.py accuracy reward=vp_score data=visionprefer": "",
     "python scripts/paper.py --list": "",
+    "python scripts/compare.py --list": "",
     "python scripts/wandb_dashboard.py --entity=me --project=vp_rl --dry-run": "",
     **{
         f"python scripts/{name} --help": ""
@@ -179,7 +180,7 @@ LISTED = {  # by how they begin, or a pattern: why they cannot be run here
     r"python scripts/evaluate\.py (images|objects)$": "needs adapter=..., and says so: test_command_line.py",
     r"python scripts/(bench_\w+|time_to_reward|memory)\.py": "a measurement; `make bench`, test_memory.py",
     r"python scripts/make_tiny\w*\.py": "trains the embedded models: hours",
-    r"python scripts/paper\.py( --seeds 0)?$": "an hour; test_paper.py composes its jobs",
+    r"python scripts/(paper|compare)\.py( --seeds 0)?$": "an hour; their tests compose the jobs",
     r"python scripts/wandb_dashboard\.py --entity=me --project=vp_rl$": "an account of W&B; with --dry-run it is here",
 }
 

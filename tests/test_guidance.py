@@ -109,7 +109,7 @@ def test_a_policy_that_knows_no_negative_half_is_asked_for_none() -> None:
     Sampler(steps=3, guidance=2.0).sample(policy, policy.encode(["a"]))
 
 
-@pytest.mark.parametrize("settings", [{"negative": "off"}, {"scales": []}, {"scales": [0.5, 2.0]}])
+@pytest.mark.parametrize("settings", [{"scales": []}, {"scales": [0.5, 2.0]}])
 def test_what_makes_no_sense_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=f"sampler.{next(iter(settings))}"):
         Sampler(**settings)

@@ -9,7 +9,8 @@ import torch
 from peft import LoraConfig
 from test_evaluation import Bright, Brightness, BrightnessJudge, Prompts, evaluator, shifted
 
-from vp_rl.evaluation.images import Evaluation, Evaluator, interleave
+from vp_rl.callbacks.held_out_images import interleave
+from vp_rl.evaluation.images import Evaluation, Evaluator
 from vp_rl.evaluation.store import Kept, Store, fingerprint, pack_row, unpack_rows
 from vp_rl.policies.sd import StableDiffusion
 from vp_rl.sampler import Sampler

@@ -1,17 +1,19 @@
 """Held-out images: gathered from all processes, shown beside the base's, and those of the base kept for other runs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning
+import numpy as np
+from jaxtyping import UInt8
 from torch import distributed, nn
 
 from vp_rl.algorithms.base import PolicyTraining
 from vp_rl.callbacks.trackers import send_images
 from vp_rl.evaluation.grid import grid
-from vp_rl.evaluation.images import Evaluation, Evaluator, Pixels, interleave
+from vp_rl.evaluation.images import Evaluation, Evaluator, Pixels
 from vp_rl.evaluation.store import NOTHING, Kept, Store, fingerprint, in_words, kept_of_base
 from vp_rl.interfaces import Reward
 
@@ -83,3 +85,17 @@ def _steady(reward: Reward) -> bool:
     """Whether it will say the same of the same image in another run: no server is behind it, and it learns nothing."""
     learns = (type(part).get_extra_state is not nn.Module.get_extra_state for part in reward.modules())
     return not reward.elsewhere and not any(learns)
+
+
+def interleave(shares: Sequence[np.ndarray], each: int) -> UInt8[np.ndarray, "whole height width 3"]:
+    """The whole of which every share has each n-th prompt's images: see `Evaluator.make`.
+
+    Args:
+        shares: of the first process, of the second, and so on.
+        each: images of a prompt.
+    """
+    size = shares[0].shape[1:]
+    whole = np.empty((sum(map(len, shares)) // each, each, *size), np.uint8)
+    for first, share in enumerate(shares):
+        whole[first :: len(shares)] = share.reshape(-1, each, *size)
+    return whole.reshape(-1, *size)

@@ -109,20 +109,6 @@ class Evaluation:
         )
 
 
-def interleave(shares: Sequence[np.ndarray], each: int) -> UInt8[np.ndarray, "whole height width 3"]:
-    """The whole of which every share has each n-th prompt's images: see `Evaluator.make`.
-
-    Args:
-        shares: of the first process, of the second, and so on.
-        each: images of a prompt.
-    """
-    size = shares[0].shape[1:]
-    whole = np.empty((sum(map(len, shares)) // each, each, *size), np.uint8)
-    for first, share in enumerate(shares):
-        whole[first :: len(shares)] = share.reshape(-1, each, *size)
-    return whole.reshape(-1, *size)
-
-
 def noise_seed(place: int, seed: int) -> int:
     """What an image's random numbers start from: its prompt's place in the evaluation and its seed, nothing else."""
     return 1_000_003 * seed + place
@@ -258,7 +244,7 @@ class Evaluator:
             prompts: what for.
             on_batch: called with the number of images that were just made, or found.
             share: (i, n): of n processes this is number i, which makes those of every n-th prompt from the i-th. There
-                must be one; `interleave` puts the shares together.
+                must be one; `callbacks.held_out_images.interleave` puts them together.
             kept: what was made before, and is not made again.
         """
         rows = self._rows(prompts, share)

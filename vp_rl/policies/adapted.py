@@ -163,7 +163,7 @@ class AdaptedPolicy(Policy):
     ) -> Latents:
         """The denoiser's output in float32, after the family's kind of guidance."""
         base = self.base if negative == "base" else None
-        return self.guidance(self._denoise, latents, timestep, conditioning, guidance, negative != "train", base)
+        return self.guidance(self._denoise, latents, timestep, conditioning, guidance, negative == "detach", base)
 
     @abstractmethod
     def _denoise(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor: ...
