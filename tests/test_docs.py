@@ -48,6 +48,7 @@ NOT_COMPOSED = {  # of commands, by how they begin: why
     "python scripts/memory.py": "composes what it is given by itself",
     "python scripts/wandb_dashboard.py": "argparse, not Hydra: test_dashboard.py builds what it saves",
     "python scripts/paper.py": "argparse, not Hydra",
+    "python scripts/compare.py": "argparse, not Hydra",
     "python train.py experiment=ddpo_vpscore reward=NAME": "NAME is the reader's own",
     "pip ": "installs packages; that extras exist is checked below",
     "sqlite3 ": "another program's",
