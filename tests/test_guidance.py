@@ -1,13 +1,22 @@
 """What the negative half of guidance may be while training, and scales of a prompt's own."""
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from fakes import LinearPolicy
+from fakes import BlackBox, LinearPolicy, QuadraticReward, fit
 from families import PROMPTS, TIMESTEP, adapter, make, perturb
 from torch import Tensor
 
+from vp_rl.algorithms.awm import AdvantageWeightedMatching
+from vp_rl.algorithms.ddpo import DDPO
+from vp_rl.algorithms.draft import DRaFT
+from vp_rl.algorithms.flow_bp import FlowBP
+from vp_rl.algorithms.nft import DiffusionNFT
+from vp_rl.algorithms.online_dpo import OnlineDPO
+from vp_rl.algorithms.refl import ReFL
 from vp_rl.policies.sd import StableDiffusion
 from vp_rl.sampler import Sampler
 from vp_rl.types import SCALE, Negative
@@ -102,6 +111,45 @@ def test_scales_are_drawn_for_each_prompt_and_reach_the_sampler() -> None:
     # Binomial: 1000 with a standard deviation of 27.4; four of them leave five of those.
     assert (counts - 1000).abs().max() < 137
     assert SCALE not in Sampler(steps=3).with_scales({"prompt": torch.zeros(4, 1)}, generators[:4])
+
+
+class Recorded(LinearPolicy):
+    """Keeps what its denoiser is asked for while gradients are wanted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[bool, float, str]] = []
+
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        conditioning: Any,
+        guidance: float,
+        negative: Negative = "train",
+    ) -> Tensor:
+        if torch.is_grad_enabled():
+            self.asked.append((SCALE in conditioning, guidance, negative))
+        return super().predict(latents, timestep, conditioning, guidance)
+
+
+SCALED = Sampler(steps=4, guidance=3.0, negative="detach", scales=[2.0, 4.0])
+
+
+@pytest.mark.parametrize("method", [DiffusionNFT, AdvantageWeightedMatching, OnlineDPO])
+def test_forward_process_methods_learn_the_half_for_the_prompt_whatever_it_was_sampled_with(method: Any) -> None:
+    policy = Recorded()
+    fit(method(policy, BlackBox(), SCALED, partial(torch.optim.Adam, lr=0.01), images_per_prompt=4), epochs=1)
+    assert set(policy.asked) == {(False, 1.0, "train")}
+
+
+@pytest.mark.parametrize("method", [DDPO, ReFL, DRaFT, FlowBP])
+def test_the_others_learn_at_the_samplers_guidance(method: Any) -> None:
+    policy, settings = Recorded(), {"images_per_prompt": 4} if method is DDPO else {}
+    sampler = replace(SCALED, eta=1.0) if method is DDPO else SCALED
+    reward = BlackBox() if method is DDPO else QuadraticReward()
+    fit(method(policy, reward, sampler, partial(torch.optim.Adam, lr=0.01), **settings), epochs=1)
+    assert set(policy.asked) == {(True, 3.0, "detach")}
 
 
 def test_a_policy_that_knows_no_negative_half_is_asked_for_none() -> None:

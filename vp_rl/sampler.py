@@ -174,12 +174,14 @@ class Sampler:
 
     def transition(self, policy: Policy, latents: Latents, step: Steps, conditioning: Conditioning) -> Transition:
         """The policy's Gaussian step from `latents`; rows may be at different steps. Gradients flow."""
+        return self._step(policy, self.output(policy, latents, step, conditioning), latents, step)
+
+    def output(self, policy: Policy, latents: Latents, step: Steps, conditioning: Conditioning) -> Latents:
+        """The denoiser's output at steps, after guidance. Gradients flow."""
         timestep = policy.process.timesteps(self.steps, latents.device)[step]
         if self.negative == "train":  # a policy without a negative half need not know of it
-            output = policy.predict(latents, timestep, conditioning, self.guidance)
-        else:
-            output = policy.predict(latents, timestep, conditioning, self.guidance, self.negative)
-        return self._step(policy, output, latents, step)
+            return policy.predict(latents, timestep, conditioning, self.guidance)
+        return policy.predict(latents, timestep, conditioning, self.guidance, self.negative)
 
     def _step(self, policy: Policy, output: Latents, latents: Latents, step: Steps) -> Transition:
         process = policy.process

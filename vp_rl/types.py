@@ -155,3 +155,8 @@ class PreferenceBatch(NamedTuple):
 def take(conditioning: Conditioning, rows: Int[Tensor, " rows"]) -> Conditioning:
     """The given rows of every tensor: encode a prompt once, use it in many samples."""
     return {name: tensor[rows] for name, tensor in conditioning.items()}
+
+
+def unscaled(conditioning: Conditioning) -> Conditioning:
+    """Without the rows' own guidance scales: for what is learned apart from the scale that images were sampled at."""
+    return {name: tensor for name, tensor in conditioning.items() if name != SCALE}

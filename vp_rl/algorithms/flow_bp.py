@@ -106,11 +106,10 @@ class FlowBP(RewardGradient):
         return torch.multinomial(self._chances.expand(images, -1), self._number, generator=noise)
 
     def _output(self, way: Way, step: Int[Tensor, " batch"], conditioning: Conditioning) -> Latents:
-        timestep = self.policy.process.timesteps(self.sampler.steps, way.device)[step]
         there = way[torch.arange(len(way), device=way.device), step]
 
         def predicted(latents: Latents) -> Latents:
-            return self.policy.predict(latents, timestep, conditioning, self.sampler.guidance)
+            return self.sampler.output(self.policy, latents, step, conditioning)
 
         return checkpointed(predicted, there) if self._checkpoint and torch.is_grad_enabled() else predicted(there)
 

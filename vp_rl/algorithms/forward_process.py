@@ -22,7 +22,7 @@ from vp_rl.algorithms.rounds import Batch, Part
 from vp_rl.functional import mean_square
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
-from vp_rl.types import SCALE, Conditioning, Latents
+from vp_rl.types import Conditioning, Latents, unscaled
 
 _NOISE = -3  # in place of an image's number: of the random numbers that noise all images of a prompt
 
@@ -140,8 +140,7 @@ class ForwardProcess(OnlineTraining, ABC):
     def _guided(self, noised: Noised, conditioning: Conditioning, scale: float) -> Latents:
         """Whatever scale the images were sampled with."""
         latents = self.policy.process.add_noise(noised.x0, noised.noise, noised.timestep)
-        told = {name: tensor for name, tensor in conditioning.items() if name != SCALE}
-        return self.policy.predict(latents, noised.timestep, told, scale)
+        return self.policy.predict(latents, noised.timestep, unscaled(conditioning), scale)
 
     def _target(self, noised: Noised) -> Latents:
         return self.policy.process.target(noised.x0, noised.noise, noised.timestep)

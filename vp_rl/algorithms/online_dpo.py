@@ -26,7 +26,7 @@ from vp_rl.configuration import kinds
 from vp_rl.functional import group_advantages, mean_square
 from vp_rl.interfaces import Policy, Reward
 from vp_rl.sampler import Sampler
-from vp_rl.types import Conditioning, Latents, take
+from vp_rl.types import Conditioning, Latents, take, unscaled
 
 
 class Offered(NamedTuple):
@@ -137,7 +137,7 @@ class OnlineDPO(OnlineTraining):
             offered.x0[both, torch.cat([best, worst])],
             offered.noise[both],
             offered.timestep[both],
-            take(conditioning, both),
+            take(unscaled(conditioning), both),
             pairs,
             pairs + len(pairs),
         )
@@ -157,6 +157,7 @@ class OnlineDPO(OnlineTraining):
         pairs = torch.arange(len(batch.prompt), device=batch.advantages.device)
         best = offered.x0[pairs, batch.advantages.argmax(1)]
         latents = self.policy.process.add_noise(best, offered.noise, offered.timestep)
+        conditioning = unscaled(conditioning)
         output = self.policy.predict(latents, offered.timestep, conditioning, 1.0)
         with torch.no_grad(), self.policy.reference():
             reference = self.policy.predict(latents, offered.timestep, conditioning, 1.0)

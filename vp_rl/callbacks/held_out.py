@@ -230,7 +230,8 @@ class HeldOutEvaluation(lightning.Callback):
         def make(side: Side, evaluator: Evaluator, prompts: list[str]) -> Evaluation | None:
             return self._evaluate(trainer, module, prompts, "guidance curve", side, evaluator)
 
-        trained = getattr(getattr(module, "sampler", None), "guidance", None)
+        sampler = getattr(module, "sampler", None)
+        trained = None if sampler is None or sampler.scales else sampler.guidance
         metric = FIRST if self._best is None else self._best.metric
         known: dict[Side, Evaluation | None] = {"base": self._base, "tuned": tuned}
         agree = trainer.strategy.broadcast

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vp_rl.functional import rows
-from vp_rl.types import SCALE, Conditioning, Latents
+from vp_rl.types import SCALE, Conditioning, Latents, unscaled
 
 log = logging.getLogger(__name__)
 
@@ -97,8 +97,7 @@ def _scales(
     """What the denoiser is told, and the scales of the rows, where they have their own."""
     if SCALE not in conditioning:
         return conditioning, None
-    told = {name: tensor for name, tensor in conditioning.items() if name != SCALE}
-    return told, rows(conditioning[SCALE].to(latents), latents)
+    return unscaled(conditioning), rows(conditioning[SCALE].to(latents), latents)
 
 
 def of_unet(unet: UNet2DConditionModel, negative: Conditioning) -> Guidance | Distilled:
