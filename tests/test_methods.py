@@ -3,7 +3,7 @@
 import math
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -155,6 +155,43 @@ def test_nfts_older_adapter_samples_and_moves_on_by_its_decay() -> None:
     with policy.using(algorithm.older.weights):
         assert policy.bias.max() < 1
     assert policy.bias.min() == 1
+
+
+@pytest.mark.parametrize("make", [nft, awm])
+@pytest.mark.parametrize("batch", [64, 5])
+def test_the_images_of_a_prompt_are_noised_alike_and_those_of_others_otherwise(make: Any, batch: int) -> None:
+    algorithm = make(LinearPolicy(), images_per_prompt=4, sample_batch=batch, noise_levels=3)
+    noised = []
+    collect = algorithm.collect
+    algorithm.collect = lambda *given: noised.append(collect(*given)) or noised[-1]
+    fit(algorithm)
+    x0, noise, timestep = (torch.cat(parts) for parts in zip(*(kept for _, kept in noised), strict=True))
+    by_prompt = noise.unflatten(0, (4, 4, 3))
+    assert torch.equal(by_prompt, by_prompt[:, :1].expand_as(by_prompt))
+    assert torch.equal(timestep.view(4, 4, 3), timestep.view(4, 4, 3)[:, :1].expand(4, 4, 3))
+    assert len(by_prompt[:, 0].flatten(0, 1).flatten(1).unique(dim=0)) == 12, "each prompt and level has its own"
+    assert len(x0.flatten(1).unique(dim=0)) == 16
+
+
+def test_images_have_noise_of_their_own_where_that_is_wanted() -> None:
+    algorithm = nft(LinearPolicy(), images_per_prompt=4, shared_noise=False)
+    collect, noised = algorithm.collect, []
+    algorithm.collect = lambda *given: noised.append(collect(*given)) or noised[-1]
+    fit(algorithm)
+    assert len(noised[0][1].noise.flatten(1).unique(dim=0)) == len(noised[0][1].noise)
+
+
+@pytest.mark.parametrize("make", [nft, awm])
+def test_what_holds_the_policy_has_the_guidance_that_was_asked_for(make: Any) -> None:
+    class Recorded(LinearPolicy):
+        asked: ClassVar[set[tuple[bool, float]]] = set()
+
+        def predict(self, latents: Tensor, timestep: Tensor, conditioning: Any, guidance: float) -> Tensor:
+            self.asked.add((self.on, guidance))
+            return super().predict(latents, timestep, conditioning, guidance)
+
+    fit(make(Recorded(), kl_weight=0.1, reference_guidance=2.5))
+    assert Recorded.asked == {(True, 1.0), (False, 2.5)}
 
 
 # --- advantage-weighted matching
