@@ -179,9 +179,11 @@ class Sampler:
     def output(self, policy: Policy, latents: Latents, step: Steps, conditioning: Conditioning) -> Latents:
         """The denoiser's output at steps, after guidance. Gradients flow."""
         timestep = policy.process.timesteps(self.steps, latents.device)[step]
+        # Rows without a drawn scale are the planner's: it counts the most that there may be.
+        guidance = self.guidance if self.scales is None else max(self.scales)
         if self.negative == "train":  # a policy without a negative half need not know of it
-            return policy.predict(latents, timestep, conditioning, self.guidance)
-        return policy.predict(latents, timestep, conditioning, self.guidance, self.negative)
+            return policy.predict(latents, timestep, conditioning, guidance)
+        return policy.predict(latents, timestep, conditioning, guidance, self.negative)
 
     def _step(self, policy: Policy, output: Latents, latents: Latents, step: Steps) -> Transition:
         process = policy.process
