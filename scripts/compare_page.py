@@ -46,7 +46,8 @@ _NOTE = (
     "are from the base model on the same held-out prompts and noise, means over seeds, with 95% intervals of both "
     "sources of error: other seeds (by Student's t) and other prompts."
 )
-SHOWN = {**METRICS, "reward": "VP-Score"}
+_FIRST = {"mean_rating": "mean rating", "correct": "fully correct", "reward": "VP-Score"}
+SHOWN = _FIRST | METRICS  # a wide table's last columns are scrolled to
 
 
 def write_page(folder: Path, methods: Sequence[str], seeds: Sequence[int]) -> Path:
