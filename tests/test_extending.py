@@ -221,7 +221,8 @@ RUNS = {
         "data=preferences",
         "prompts.train=12",
         "data.builder.images_per_prompt=3",
-        "annotator@data.builder.annotator=preference",
+        "+annotator@rater=preference",
+        "data.builder.annotator=${rater}",
         "data.folder=compared",
     ),
     "a report metric": (
