@@ -43,7 +43,8 @@ _NODES = ("policy", "reward", "prompts", "annotator")
 def images(config: DictConfig) -> None:
     """One adapter."""
     with plain_errors("what was made is"), quiet_libraries():
-        find(Path(config.adapter))  # before a folder is made in it
+        look(config, IMAGES)  # first what is said, then what is there, and both before a folder is made in it
+        find(Path(config.adapter))
         _alone = hold(Path(config.folder), "give another folder=...")
         evaluate(config)
 
