@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from compare_page import METHODS, write_page
-from jobs import Job, Runner, last_of_each, shown
+from jobs import JUDGED_AT_THE_END, Job, Runner, last_of_each, shown
 
 PROMPTS, IMAGES = 900, 4  # of the pairs that DPO learns from
 GUIDANCE = 2.0  # the base model's best: docs/log.md
@@ -91,11 +91,7 @@ def epochs(folder: Path, method: str, minutes: float) -> int:
 
 def command(folder: Path, method: str, *more: str) -> tuple[str, ...]:
     """One training run."""
-    judged = (
-        f"evaluation.sampler.guidance={GUIDANCE}",
-        "evaluation.curve=null",
-        *(f"callbacks.held_out.{name}" for name in ("every=1000", "best=null", "patience=null")),
-    )
+    judged = (f"evaluation.sampler.guidance={GUIDANCE}", *JUDGED_AT_THE_END)
     settings = [setting.format(data=folder / "data") for setting in METHODS[method].settings]
     return last_of_each(("train.py", f"experiment={METHODS[method].experiment}", *settings, *judged, *more))
 

@@ -87,7 +87,6 @@ def evaluate(config: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError, OSError: the adapter, or something else that is named, is not there or does not fit.
     """
-    look(config, IMAGES)
     adapter, whole = complete(config)
     look(whole)
     other = None if config.against is None else find(Path(config.against), "against")
@@ -188,7 +187,7 @@ def _curves(
 
     _, run = find(Path(config.adapter))
     metric = OmegaConf.select(run, "callbacks.held_out.best") or FIRST
-    trained = OmegaConf.select(run, "sampler.guidance")
+    trained = None if OmegaConf.select(run, "sampler.scales") else OmegaConf.select(run, "sampler.guidance")
     return guidance_curves(evaluator, make, known, metric=metric, trained=trained)
 
 

@@ -54,7 +54,6 @@ def evaluate(config: DictConfig) -> dict[str, Score]:
     Raises:
         ValueError, OSError: the adapter, or something else that is named, is not there or does not fit.
     """
-    look(config, OBJECTS)
     adapter, node, sampler = complete(config)
     look(OmegaConf.create({"policy": node, "sampler": sampler}))
     source = instantiate(config.prompts)

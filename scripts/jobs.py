@@ -15,6 +15,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 ROOT = Path(__file__).parents[1]
 
+JUDGED_AT_THE_END = (
+    "evaluation.curve=null",
+    *(f"callbacks.held_out.{name}" for name in ("every=1000", "best=null", "patience=null")),
+)
+"""Settings of a run whose last adapter is judged once, at one guidance scale: the judge chooses nothing on the way."""
+
 
 @dataclass(frozen=True)
 class Job:

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from jobs import Job, Runner, last_of_each, shown
+from jobs import JUDGED_AT_THE_END, Job, Runner, last_of_each, shown
 from paper_page import write_page
 
 from vp_rl.types import ASPECTS
@@ -108,11 +108,7 @@ def policies(folder: Path, seed: int) -> Iterator[Job]:
     against |= {"refl-clip": ("refl_vpscore", *clip), "ddpo-all": ("ddpo_vpscore", checkpoint(folder, "all", seed))}
     for name, (experiment, *settings) in against.items():
         own = folder / f"{name}-{seed}"
-        judged = (
-            "evaluation.seeds=[0,1]",
-            "evaluation.curve=null",  # the paper's claims are of one scale
-            *(f"callbacks.held_out.{name}" for name in ("every=1000", "best=null", "patience=null")),
-        )
+        judged = ("evaluation.seeds=[0,1]", *JUDGED_AT_THE_END)
         length = f"trainer.max_epochs={EPOCHS_OF[experiment]}"
         fixed = (length, f"seed={seed}", "resume=auto", f"hydra.run.dir={own}")
         command = ("train.py", f"experiment={experiment}", *settings, *judged, *fixed)

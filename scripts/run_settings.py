@@ -95,12 +95,10 @@ def with_given(run: Any, name: str, given: Any, adapter: str, key: str = "adapte
         if own is None:
             raise ValueError(f"{key}='{adapter}' is of no run, so that {name}=... must be given, as in {name}=NAME.")
         given = OmegaConf.merge(OmegaConf.to_container(own, resolve=True), given or {})
+    if name != "policy" or "start" not in given:
+        return given
     # The adapter that is looked at has in it what it began with, whose file need not be there any more.
-    return (
-        given
-        if name != "policy" or "start" not in given
-        else OmegaConf.merge(given, {"start": None, "reference": "base"})
-    )
+    return OmegaConf.merge(given, {"start": None, "reference": "base"})
 
 
 def sampler_of(run: Any, given: Any) -> dict[str, Any]:

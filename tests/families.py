@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from torch import nn
 
 from vp_rl.interfaces import Policy, Reward
-from vp_rl.types import Images, Scores
+from vp_rl.types import Images, Negative, Scores
 
 YAMLS = sorted((Path(__file__).parents[1] / "conf" / "policy").glob("*.yaml"))
 CASES = [*(file.stem for file in YAMLS), "sd3_without_t5", "flux_schnell"]
@@ -85,11 +85,13 @@ def perturb(policy: Policy) -> None:
         parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
 
 
-def predict(policy: Policy, prompts: list[str] = PROMPTS, guidance: float = 1.0) -> torch.Tensor:
+def predict(
+    policy: Policy, prompts: list[str] = PROMPTS, guidance: float = 1.0, negative: Negative = "train"
+) -> torch.Tensor:
     """From the same latents every time."""
     latents = policy.noise(len(prompts), torch.Generator().manual_seed(3))
     timestep = TIMESTEP[: len(prompts)].to(latents.device)
-    return policy.predict(latents, timestep, policy.encode(prompts), guidance)
+    return policy.predict(latents, timestep, policy.encode(prompts), guidance, negative)
 
 
 def gradients(policy: Policy) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import BlackBox, LinearPolicy, QuadraticReward, fit
-from families import PROMPTS, TIMESTEP, adapter, make, perturb
+from families import PROMPTS, TIMESTEP, adapter, make, perturb, predict
 from torch import Tensor
 
 from vp_rl.algorithms.awm import AdvantageWeightedMatching
@@ -32,9 +32,8 @@ def policy(request: pytest.FixtureRequest) -> StableDiffusion:
     return made
 
 
-def output(policy: Any, scale: float, negative: Negative = "train", prompts: list[str] = PROMPTS) -> Tensor:
-    latents = policy.noise(len(prompts), torch.Generator().manual_seed(3))
-    return policy.predict(latents, TIMESTEP[: len(prompts)], policy.encode(prompts), scale, negative)
+def output(policy: Any, scale: float, negative: Negative = "train") -> Tensor:
+    return predict(policy, guidance=scale, negative=negative)
 
 
 def slopes(policy: Any, predicted: Tensor, by: Tensor) -> dict[str, Tensor]:

@@ -157,15 +157,25 @@ def test_nfts_older_adapter_samples_and_moves_on_by_its_decay() -> None:
     assert policy.bias.min() == 1
 
 
+def noised_by(algorithm: Any) -> list[Any]:
+    """What it kept of a round's images, by the parts that it sampled them in."""
+    collect, kept = algorithm.collect, []
+
+    def collected(*given: Any) -> Any:
+        finished, noised = collect(*given)
+        kept.append(noised)
+        return finished, noised
+
+    algorithm.collect = collected
+    fit(algorithm)
+    return kept
+
+
 @pytest.mark.parametrize("make", [nft, awm])
 @pytest.mark.parametrize("batch", [64, 5])
 def test_the_images_of_a_prompt_are_noised_alike_and_those_of_others_otherwise(make: Any, batch: int) -> None:
     algorithm = make(LinearPolicy(), images_per_prompt=4, sample_batch=batch, noise_levels=3)
-    noised = []
-    collect = algorithm.collect
-    algorithm.collect = lambda *given: noised.append(collect(*given)) or noised[-1]
-    fit(algorithm)
-    x0, noise, timestep = (torch.cat(parts) for parts in zip(*(kept for _, kept in noised), strict=True))
+    x0, noise, timestep = (torch.cat(parts) for parts in zip(*noised_by(algorithm), strict=True))
     by_prompt = noise.unflatten(0, (4, 4, 3))
     assert torch.equal(by_prompt, by_prompt[:, :1].expand_as(by_prompt))
     assert torch.equal(timestep.view(4, 4, 3), timestep.view(4, 4, 3)[:, :1].expand(4, 4, 3))
@@ -174,11 +184,8 @@ def test_the_images_of_a_prompt_are_noised_alike_and_those_of_others_otherwise(m
 
 
 def test_images_have_noise_of_their_own_where_that_is_wanted() -> None:
-    algorithm = nft(LinearPolicy(), images_per_prompt=4, shared_noise=False)
-    collect, noised = algorithm.collect, []
-    algorithm.collect = lambda *given: noised.append(collect(*given)) or noised[-1]
-    fit(algorithm)
-    assert len(noised[0][1].noise.flatten(1).unique(dim=0)) == len(noised[0][1].noise)
+    [noised] = noised_by(nft(LinearPolicy(), images_per_prompt=4, shared_noise=False))
+    assert len(noised.noise.flatten(1).unique(dim=0)) == len(noised.noise)
 
 
 @pytest.mark.parametrize("make", [nft, awm])

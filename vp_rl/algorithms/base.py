@@ -21,7 +21,7 @@ from vp_rl.algorithms.clipping import ClippedModule
 from vp_rl.algorithms.phases import Cut, Load, Phase
 from vp_rl.functional import seed_of
 from vp_rl.interfaces import Policy, Process, Reward
-from vp_rl.types import Conditioning, Images, Scores
+from vp_rl.types import Conditioning, Images, Latents, Scores
 
 _EXTRA = "_extra_state"  # torch's name for it
 SCALES = -2  # in place of an image's number: of the random numbers that draw a prompt's guidance scale
@@ -303,6 +303,13 @@ def trained_timesteps(process: Process, window: tuple[float, float]) -> range:
     steps = process.train_timesteps
     first = int(low * steps)
     return range(first, max(first + 1, int(high * steps)))
+
+
+def draw_levels(like: Latents, timesteps: range, number: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Noise of the shape of a row of `like`, and as many timesteps at random: one of each equal part of the range."""
+    noise = torch.stack([torch.randn(like.shape[1:], generator=generator) for _ in range(number)])
+    share = (torch.rand(number, generator=generator) + torch.arange(number)) / number
+    return noise, timesteps.start + (share * len(timesteps)).floor()
 
 
 def total_norm(gradients: list[Tensor]) -> float:

@@ -118,8 +118,9 @@ class DDPO(PolicyGradient):
             raise ValueError(f"algorithm.timestep_fraction={timestep_fraction} must be in (0, 1].")
         self.clip_range, self.divergence_limit, self.kl_weight = clip_range, divergence_limit, kl_weight
         self._compare(normalise, kl_share, kl_helpers or {})
-        self._window = list(sampler.window("algorithm.window", *window))
-        self._train_on(sampler.window("algorithm.window", *window), min_std, weight_by_std)
+        steps = sampler.window("algorithm.window", *window)
+        self._window = list(steps)
+        self._train_on(steps, min_std, weight_by_std)
         most = len(self.trained_steps)
         if random_steps is not None and not 1 <= random_steps <= most:
             raise ValueError(f"algorithm.random_steps={random_steps} must be from 1 to {most}, the window's steps.")

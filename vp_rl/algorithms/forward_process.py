@@ -10,13 +10,14 @@ guidance.
 
 from abc import ABC
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vp_rl.algorithms.base import MakeOptimizer, trained_timesteps
+from vp_rl.algorithms.base import MakeOptimizer, draw_levels, trained_timesteps
 from vp_rl.algorithms.online import OnlineTraining
 from vp_rl.algorithms.rounds import Batch, Part
 from vp_rl.functional import mean_square
@@ -115,21 +116,15 @@ class ForwardProcess(OnlineTraining, ABC):
     def collect(self, part: Part, *position: int) -> tuple[Latents, Noised]:
         """Finished images, each at noise levels of its own, or at those of its prompt."""
         x0 = self._sample(part)
+        draw = partial(draw_levels, x0, self._timesteps, self.examples_per_image)
         if self.shared_noise:
             ahead = self.generators(part.places, [_NOISE], *position)
-            found = dict(zip(part.places, (self._levels(x0, generator) for generator in ahead), strict=True))
+            found = dict(zip(part.places, map(draw, ahead), strict=True))
             drawn = [found[place] for place in part.of]
         else:
-            drawn = [self._levels(x0, generator) for generator in part.noise]
+            drawn = list(map(draw, part.noise))
         noise, timesteps = (torch.cat(each) for each in zip(*drawn, strict=True))
         return x0, Noised(x0.repeat_interleave(self.examples_per_image, 0), noise, timesteps)
-
-    def _levels(self, x0: Latents, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Noise and timesteps, one of each equal part of the window."""
-        number = self.examples_per_image
-        noise = torch.stack([torch.randn(x0.shape[1:], generator=generator) for _ in range(number)])
-        share = (torch.rand(number, generator=generator) + torch.arange(number)) / number
-        return noise, self._timesteps.start + (share * len(self._timesteps)).floor()
 
     def _sample(self, part: Part) -> Latents:
         return self.sampler.sample(self.policy, part.conditioning, part.noise)

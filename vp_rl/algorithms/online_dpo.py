@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from vp_rl.algorithms.base import MakeOptimizer, trained_timesteps
+from vp_rl.algorithms.base import MakeOptimizer, draw_levels, trained_timesteps
 from vp_rl.algorithms.dpo import Drift, PairLoss
 from vp_rl.algorithms.online import OnlineTraining, RolloutLoader
 from vp_rl.algorithms.prompt_training import PromptBatches
@@ -112,14 +112,12 @@ class OnlineDPO(OnlineTraining):
         """Finished images, with noise levels for each prompt."""
         rows = torch.arange(len(part.noise)).split(self.sample_batch)
         x0 = torch.cat([self._sample(part, some) for some in rows])
-        number, low = self.examples_per_image, self._timesteps.start
-        noise, timesteps = [], []
-        for generator in self.generators(part.places, [-1], *position):  # of the prompt, beside those of its images
-            noise += [torch.randn(x0.shape[1:], generator=generator) for _ in range(number)]
-            parts = torch.rand(number, generator=generator) + torch.arange(number)  # one of each equal part
-            timesteps.append(low + (parts / number * len(self._timesteps)).floor())
+        number = self.examples_per_image
+        ahead = self.generators(part.places, [-1], *position)  # of the prompt, beside those of its images
+        drawn = [draw_levels(x0, self._timesteps, number, generator) for generator in ahead]
+        noise, timesteps = (torch.cat(each) for each in zip(*drawn, strict=True))
         groups = x0.cpu().unflatten(0, (-1, part.each)).repeat_interleave(number, 0)  # the device has no need of them
-        return x0, Offered(groups, torch.stack(noise), torch.cat(timesteps))
+        return x0, Offered(groups, noise, timesteps)
 
     def _sample(self, part: Part, rows: Tensor) -> Latents:
         noise = [part.noise[row] for row in rows.tolist()]

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vp_rl.evaluation.no_adapter import BELOW
+from vp_rl.evaluation.no_adapter import BELOW, beats
 from vp_rl.interfaces import Policy
 
 
@@ -41,7 +41,7 @@ class BestAdapter:
     @property
     def beats_base(self) -> bool:
         """Whether any epoch does; on the main process."""
-        return self.epoch > 0 and not self.value <= self.base  # a base that has no number is beaten
+        return self.epoch > 0 and beats(self.value, self.base)
 
     @property
     def exhausted(self) -> bool:

@@ -7,6 +7,11 @@ BELOW = "below_base"
 """The folder, in a run's, of the best trained adapter where the base model is better."""
 
 
+def beats(value: float, base: float) -> bool:
+    """Whether an adapter's value on validation is better than the base model's; one that has no number is beaten."""
+    return not value <= base
+
+
 def why_none(run: Path) -> str | None:
     """Why a run has no adapter, with the way out; None: it has one, or is no such run."""
     if (run / "adapter").is_dir() or not (run / BELOW).is_dir():

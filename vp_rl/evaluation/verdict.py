@@ -8,7 +8,7 @@ from vp_rl.evaluation.claims import Compared
 from vp_rl.evaluation.compare import BASE, TOO_FEW, Change, Rival
 from vp_rl.evaluation.duel import OVERALL
 from vp_rl.evaluation.guidance_curve import GuidanceCurve
-from vp_rl.evaluation.no_adapter import BELOW
+from vp_rl.evaluation.no_adapter import BELOW, beats
 from vp_rl.evaluation.signs import Sign
 from vp_rl.types import ASPECTS
 
@@ -60,7 +60,7 @@ class Chosen(NamedTuple):
     @property
     def beats_base(self) -> bool:
         """Whether any epoch did."""
-        return not self.value <= self.base
+        return beats(self.value, self.base)
 
     @property
     def words(self) -> str:
